@@ -1,0 +1,25 @@
+# make demo: Linf-robust digits, before and after E-AT fine-tuning.   make test: lint, types, tests.   Both set themselves up.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test lint clean
+
+.venv/.done: requirements-tested.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements-tested.txt
+	touch $@
+
+demo: .venv/.done
+	$(PY) benchmarks/demo.py
+
+lint: .venv/.done
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/typos
+	$(PY) -m mypy attacks models utils data.py train.py eval.py benchmarks
+
+test: lint
+	$(PY) -m pytest
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,56 @@
+"""Threat models: what an adversary may do to an image with pixels in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+Norm = Literal["Linf", "L2", "L1"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+RADII: dict[str, dict[Norm, float]] = {
+    "cifar10": {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
+    "digits": {"Linf": 0.15, "L2": 0.6, "L1": 3.0},  # how they were chosen: docs/digits.md
+}
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the adversary may do: ||delta||_norm <= eps and x + delta in [0, 1]. Raises ValueError for a bad norm or radius."""
+
+    norm: Norm
+    eps: float  # in pixels of [0, 1]: 8/255, 0.5, 12
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"the norm must be one of {' '.join(NORMS)}, got {self.norm!r}")
+        if not 0 < self.eps < float("inf"):
+            raise ValueError(f"the radius must be positive and finite, got {self.eps}")
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.eps:.4g}"
+
+    def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """(B,) bool: is x_adv (B, ...) an allowed version of x (B, ...)? False for NaN.
+
+        The box is checked to the bit, the ball in float64 up to the rounding of float32 pixels: an error of 2**-24 a pixel.
+        """
+        inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        delta = (x_adv.double() - x.double()).flatten(1)
+        order = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}[self.norm]
+        rounding = torch.linalg.vector_norm(torch.full_like(delta[:1], 2.0**-24), ord=order, dim=1)
+        return inside & (torch.linalg.vector_norm(delta, ord=order, dim=1) <= self.eps * (1 + 1e-6) + rounding)
+
+
+def threats_for(dataset: str, norms: Sequence[str], eps: Sequence[float] | None = None) -> list[Threat]:
+    """One threat per norm, with the data set's published radius where eps is None. Raises ValueError."""
+    if len(set(norms)) != len(norms):
+        raise ValueError(f"each norm may be named once, got {' '.join(norms)}")
+    if eps is not None and len(eps) != len(norms):
+        raise ValueError(f"one radius for each norm is needed: {len(norms)} ({' '.join(norms)}), got {len(eps)}")
+    chosen = eps or [RADII[dataset].get(cast(Norm, norm), 1.0) for norm in norms]
+    return [Threat(cast(Norm, norm), radius) for norm, radius in zip(norms, chosen, strict=True)]

@@ -1,0 +1,27 @@
+"""Networks: images (B, C, H, W) in [0, 1] -> logits (B, K), any normalisation inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from models.preact_resnet import ACTIVATIONS, PreActResNet18
+
+# What a checkpoint keeps to rebuild its network: the arguments of build_model, numbers and strings only.
+Spec = dict[str, Any]
+
+
+def build_model(arch: str, **kwargs: Any) -> nn.Module:
+    """A network with random weights, (B, C, H, W) in [0, 1] -> logits. Raises ValueError for an unknown name or activation."""
+    match arch:
+        case "preact-resnet18":
+            if kwargs.get("act", "softplus1") not in ACTIVATIONS:
+                raise ValueError(f"unknown activation {kwargs['act']!r}; choose one of {' '.join(ACTIVATIONS)}")
+            return PreActResNet18(**kwargs)
+        case "robustbench":
+            from models.robustbench_zoo import build_robustbench
+
+            return build_robustbench(**kwargs)
+        case _:
+            raise ValueError(f"unknown network {arch!r}")

@@ -1,0 +1,63 @@
+"""PreAct ResNet-18 with smooth activations, the network of arXiv 2105.12508: (B, C, H, W) in [0, 1] -> logits (B, K).
+
+Pre-activation residual network (He et al. 2016, arXiv 1603.05027): softplus in the blocks, ReLU before the pooling, no input
+normalisation. The state-dict names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus1": F.softplus,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+class PreActBlock(nn.Module):
+    """act(bn) -> conv -> act(bn) -> conv, plus the input (through a 1 x 1 convolution where the shape changes)."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(x))
+        skip = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out = self.conv2(self.act(self.bn2(self.conv1(out))))
+        return out + skip
+
+
+class PreActResNet18(nn.Module):
+    """(B, C, H, W) in [0, 1] -> logits (B, num_classes), any H and W; `width` channels in the first stage, doubled in each later one."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 64, act: str = "softplus1") -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        planes = width
+        for stage in range(4):
+            out, stride = width * 2**stage, 1 if stage == 0 else 2
+            blocks = PreActBlock(planes, out, stride, ACTIVATIONS[act]), PreActBlock(out, out, 1, ACTIVATIONS[act])
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            planes = out
+        self.bn = nn.BatchNorm2d(planes)
+        self.linear = nn.Linear(planes, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(x)
+        for stage in range(4):
+            out = self.get_submodule(f"layer{stage + 1}")(out)
+        return self.linear(F.relu(self.bn(out)).mean((2, 3)))

@@ -1,0 +1,192 @@
+"""Networks by name: one's own checkpoints, the authors' files, RobustBench's (`RB_{id}`), and any function (`FILE.py:FUNCTION`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gdown
+import torch
+from torch import Tensor, nn
+
+from models import Spec, build_model
+from models.robustbench_zoo import THREATS, load_robustbench
+from utils.checkpoint import load_tensors, state_dict_of
+
+AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_Linf.pth, pretr_L2.pth, pretr_L1.pth
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights, how to rebuild it, and what its checkpoint says of itself (empty for other files)."""
+
+    model: nn.Module
+    spec: Spec
+    about: dict[str, Any]
+
+
+def load_model(name: str, model_dir: str, dataset: str, act: str | None = None) -> Loaded:
+    """The network called `name`: RB_{id}, RB_{id}_{Linf,L2}, FILE.py:FUNCTION, FILE.py:FUNCTION@CHECKPOINT, or a checkpoint's path.
+
+    A checkpoint is looked for as given and in model_dir; `pretr_*` is downloaded to model_dir if missing. `dataset` tells which of
+    RobustBench's lists is meant, `act` the activation of a plain state dict (its name may say act=...; else softplus1).
+    Raises ValueError that says what to do.
+    """
+    if name.startswith("RB_"):
+        model_id, threat = _split_robustbench(name)
+        model, threat = load_robustbench(model_id, threat, dataset, Path(model_dir))
+        return Loaded(model, {"arch": "robustbench", "model_id": model_id, "threat": threat, "dataset": dataset}, {})
+    if match := re.fullmatch(r"(.+\.py):(\w+)(?:@(.+))?", name):
+        return _from_function(Path(match[1]), match[2], match[3])
+    path = _find_file(name, Path(model_dir))
+    try:
+        return _from_file(path, dataset, act)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from error
+
+
+def _split_robustbench(name: str) -> tuple[str, str | None]:
+    model_id = name.removeprefix("RB_")
+    for threat in THREATS:
+        if model_id.endswith(f"_{threat}"):
+            return model_id.removesuffix(f"_{threat}"), threat
+    return model_id, None
+
+
+def _from_function(file: Path, function: str, checkpoint: str | None) -> Loaded:
+    """Call the user's function; with `checkpoint`, load these weights into its network."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file} to take the function {function} from")
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{file} has no function {function}")
+    model = getattr(module, function)()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{function} in {file} must return a torch.nn.Module, it returned {type(model).__name__}")
+    spec = {"arch": "function", "function": f"{file}:{function}"}
+    if checkpoint is None:
+        return Loaded(model, spec, {})
+    content = load_tensors(Path(checkpoint))
+    _load_weights(model, state_dict_of(content))
+    return Loaded(model, spec, _about(content))
+
+
+def _from_file(path: Path, dataset: str, act: str | None) -> Loaded:
+    content = load_tensors(path)
+    state = state_dict_of(content)
+    if isinstance(content, dict) and isinstance(content.get("spec"), dict):
+        spec = dict(content["spec"])
+        if spec.get("arch") == "function":
+            raise ValueError(
+                f"its network comes from {spec['function']}; name both: --model_name='{spec['function']}@{path}'"
+            )
+        if act and act != spec.get("act", act):
+            raise ValueError(f"it was trained with --act={spec['act']}, not {act}")
+    else:
+        spec = _spec_of_plain_file(path, state, dataset, act)
+    model = build_model(**spec)
+    _load_weights(model, state)
+    return Loaded(model, spec, _about(content))
+
+
+def _about(content: Any) -> dict[str, Any]:
+    return {
+        key: content[key] for key in ("dataset", "epoch", "threats") if isinstance(content, dict) and key in content
+    }
+
+
+def _spec_of_plain_file(path: Path, state: dict[str, Tensor], dataset: str, act: str | None) -> Spec:
+    """The network of a state dict that says nothing of itself: shapes tell the sizes, the run's name (`act=`, `fts=RB_...`) the rest."""
+    told = dict(re.findall(r"(act|fts)=([\w.-]+)", f"{path.parent.name} {path.name}"))
+    if told.get("fts", "").startswith("RB_"):
+        model_id, threat = _split_robustbench(told["fts"])
+        return {"arch": "robustbench", "model_id": model_id, "threat": threat or "Linf", "dataset": dataset}
+    if "conv1.weight" not in state or "linear.weight" not in state or "layer1.0.bn1.weight" not in state:
+        raise ValueError(
+            "it is a checkpoint of another network than the PreAct ResNet-18; build that one with FILE.py:FUNCTION@CHECKPOINT"
+        )
+    width, in_channels = state["conv1.weight"].shape[:2]
+    num_classes = len(state["linear.weight"])
+    act = act or told.get("act") or "softplus1"
+    return {
+        "arch": "preact-resnet18",
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "width": width,
+        "act": act,
+    }
+
+
+def _load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    odd = [
+        name
+        for name in sorted(own.keys() | state.keys())
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    ]
+    if odd:
+        raise ValueError(
+            f"it is a checkpoint of another network: {len(odd)} of {len(own)} names or shapes differ, the first {odd[0]}"
+        )
+    model.load_state_dict(state)
+
+
+def _find_file(name: str, model_dir: Path) -> Path:
+    """The checkpoint `name` as given or in model_dir, with or without .pth; a missing pretr_* is downloaded to model_dir."""
+    file_name = Path(name).name if name.endswith((".pth", ".pt")) else f"{Path(name).name}.pth"
+    for path in (Path(name), Path(name).parent / file_name, model_dir / name, model_dir / file_name):
+        if path.is_file():
+            return path
+    if Path(name).is_dir():
+        found = sorted(Path(name).glob("*.pth"), key=lambda path: path.stat().st_mtime)
+        raise ValueError(
+            f"{name} is a folder; name a checkpoint in it" + (f", such as {found[-1]}" if found else ", it has none")
+        )
+    if re.fullmatch(r"pretr_(Linf|L2|L1)\.pth", file_name):
+        download_authors_file(file_name, model_dir)
+        return model_dir / file_name
+    raise ValueError(f"there is no file {name}, here or in --model_dir={model_dir}")
+
+
+def download_authors_file(file_name: str, model_dir: Path) -> None:
+    """Download one of the authors' networks to model_dir. Raises ValueError, with nothing left behind, if it does not load."""
+    existed = model_dir.exists()
+    try:
+        files = gdown.download_folder(id=AUTHORS_FOLDER, skip_download=True, quiet=True) or []
+        [file_id] = [file.id for file in files if Path(file.path).name == file_name]
+        model_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=model_dir) as part:
+            path = Path(part) / file_name
+            gdown.download(id=file_id, output=str(path), quiet=False)
+            _from_file(path, "cifar10", None)
+            shutil.move(path, model_dir / file_name)
+    except Exception as error:  # gdown raises whatever its parsers and sockets do
+        if not existed:
+            shutil.rmtree(model_dir, ignore_errors=True)
+        raise ValueError(
+            f"{file_name} is not in --model_dir={model_dir} and could not be downloaded; get it in a browser from "
+            f"https://drive.google.com/drive/folders/{AUTHORS_FOLDER} and save it there"
+        ) from error
+
+
+def check_fits(model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raises ValueError unless the model takes one image of `shape` (C, H, W) and gives (1, num_classes) logits."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            logits = model(torch.full((1, *shape), 0.5, device=device))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"the network does not take images of shape {shape}: {str(error).splitlines()[0]}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the network must give logits of shape (B, {num_classes}), it gave {got} for one image")

@@ -1,0 +1,118 @@
+"""RobustBench's networks. The library is imported here alone, on demand: it takes seconds and does not import as installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+THREATS = ("Linf", "L2")
+
+
+def load_robustbench(model_id: str, threat: str | None, dataset: str, model_dir: Path) -> tuple[nn.Module, str]:
+    """The network `model_id` with its published weights, and the threat it was found under (Linf is looked up before L2).
+
+    A file at model_dir/DATASET/THREAT/ID.pt is taken; else it is downloaded there. Raises ValueError if the name is unknown or the
+    download yields no network; then nothing is left behind.
+    """
+    with _importable():
+        from robustbench.utils import load_model
+
+        threat = _find(model_id, threat, dataset)
+        place = model_dir / dataset / threat
+        if list(place.glob(f"{model_id}.pt*")):
+            try:
+                return load_model(model_id, model_dir=model_dir, dataset=dataset, threat_model=threat), threat
+            except Exception as error:  # whatever the library raises, the file is what is wrong
+                raise ValueError(f"{place / model_id}.pt holds no {model_id}: {_first_line(error)}") from error
+        existed = model_dir.exists()
+        model_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=model_dir) as part:
+                model = load_model(model_id, model_dir=part, dataset=dataset, threat_model=threat)
+                place.mkdir(parents=True, exist_ok=True)
+                for file in (Path(part) / dataset / threat).glob("*"):
+                    shutil.move(file, place / file.name)
+        except Exception as error:
+            if not existed:
+                shutil.rmtree(model_dir, ignore_errors=True)
+            ids = _models(dataset, threat)[model_id].get("gdrive_id")
+            raise ValueError(
+                f"{model_id} could not be downloaded ({_first_line(error)}); get https://drive.google.com/uc?id={ids} "
+                f"in a browser and save it as {place / model_id}.pt"
+            ) from error
+    return model, threat
+
+
+def build_robustbench(model_id: str, threat: str, dataset: str) -> nn.Module:
+    """The network `model_id` without its weights, to load a checkpoint into. Raises ValueError for an unknown name."""
+    with _importable():
+        entry = _models(dataset, _find(model_id, threat, dataset))[model_id]
+        model: nn.Module = entry["model"]()
+        return model
+
+
+def _find(model_id: str, threat: str | None, dataset: str) -> str:
+    """The threat whose list has model_id."""
+    for candidate in [threat] if threat else THREATS:
+        if model_id in _models(dataset, candidate):
+            return candidate
+    import difflib
+
+    known = sorted({name for candidate in THREATS for name in _models(dataset, candidate)})
+    near = difflib.get_close_matches(model_id, known, n=3, cutoff=0.4)
+    raise ValueError(
+        f"RobustBench has no {dataset} model {model_id!r} for {threat or ' or '.join(THREATS)}"
+        + (f"; did you mean {' or '.join('RB_' + name for name in near)}?" if near else "")
+    )
+
+
+def _models(dataset: str, threat: str) -> dict[str, Any]:
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    datasets = {"cifar10": BenchmarkDataset.cifar_10}
+    if dataset not in datasets:
+        raise ValueError(f"RobustBench has no models for {dataset}; its networks here are for cifar10")
+    return dict(model_dicts[datasets[dataset]].get(ThreatModel(threat), {}))
+
+
+@contextmanager
+def _importable() -> Iterator[None]:
+    """robustbench 1.1.1 imports two modules that PyPI does not give: `pkg_resources` (gone from setuptools 82) and `autoattack`.
+
+    For as long as it is imported, stand-ins are in place: for the first a module with the one function used, for the second its
+    twin `pyautoattack`. Both are taken away again.
+    """
+    if "robustbench" in sys.modules:
+        yield
+        return
+    stands: dict[str, ModuleType] = {}
+    if importlib.util.find_spec("pkg_resources") is None:
+        stands["pkg_resources"] = ModuleType("pkg_resources")
+        stands["pkg_resources"].resource_filename = lambda package, name: str(  # type: ignore[attr-defined]
+            Path(str(sys.modules[package].__file__)).parent / name
+        )
+    if importlib.util.find_spec("autoattack") is None:
+        stands["autoattack"] = importlib.import_module("pyautoattack")
+        stands["autoattack.state"] = importlib.import_module("pyautoattack.state")
+    sys.modules.update(stands)
+    try:
+        importlib.import_module("robustbench.utils")
+        yield
+    finally:
+        for name in stands:
+            sys.modules.pop(name, None)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,0 +1,336 @@
+"""APGD: the known optimum of linear models, its costs and promises, and no operation that waits for data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks.apgd import Attacked, Halving, apgd, apgd_shrinking
+from attacks.losses import cross_entropy, dlr, margin_targeted
+from attacks.projections import project
+from attacks.threat import NORMS, Norm, Threat
+from models.preact_resnet import PreActResNet18
+
+Attack = Callable[..., Attacked]
+ATTACKS = [(apgd, norm) for norm in NORMS] + [(apgd_shrinking, norm) for norm in NORMS]
+RADII: dict[Norm, float] = {"Linf": 0.1, "L2": 0.7, "L1": 4.0}
+SHAPE = (3, 8, 8)
+ROWS = 16
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Linear(nn.Module):
+    """logits = W x + b, with no room for an attack's mistakes."""
+
+    def __init__(self, classes: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        n = SHAPE[0] * SHAPE[1] * SHAPE[2]
+        self.weight = nn.Parameter(torch.randn(classes, n, generator=generator(seed)))
+        self.bias = nn.Parameter(torch.randn(classes, generator=generator(seed + 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.flatten(1), self.weight, self.bias)
+
+
+def convolutions() -> nn.Module:
+    """A small smooth network with fixed random weights, in eval mode; its weights don't touch the global generator."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Softplus(),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(72, 5),
+    )
+    for i, p in enumerate(model.parameters()):
+        p.data.copy_(torch.randn(p.shape, generator=generator(i)) / max(p[0].numel(), 4) ** 0.5)
+    return model.eval()
+
+
+def points(rows: int = ROWS, classes: int = 4) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1], about a third of the pixels at the border, and labels."""
+    x = (torch.rand(rows, *SHAPE, generator=generator(7)) * 1.5 - 0.25).clamp(0, 1)
+    return x, torch.arange(rows) % classes
+
+
+def best_gain(slope: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """max <slope, delta> over ball and box in float64, (B,), by closed forms."""
+    slope, x = slope.double().flatten(1), x.double().flatten(1)
+    size, room = slope.abs(), torch.where(slope > 0, 1 - x, x)
+    if threat.norm == "Linf":
+        return (size * room.clamp(max=threat.eps)).sum(1)
+    if threat.norm == "L1":
+        # Fill the steepest entries to the border, the last of them in part.
+        order = size.argsort(dim=1, descending=True)
+        size, room = size.gather(1, order), room.gather(1, order)
+        spent_before = room.cumsum(1) - room
+        return (size * torch.minimum((threat.eps - spent_before).clamp(min=0), room)).sum(1)
+    low, high = torch.zeros(len(x), 1).double(), torch.full((len(x), 1), 1e6).double()
+    for _ in range(200):
+        middle = (low + high) / 2
+        inside = torch.minimum(middle * size, room).norm(dim=1, keepdim=True) <= threat.eps
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return (size * torch.minimum(low * size, room)).sum(1)
+
+
+def surface(x: Tensor, threat: Threat) -> Tensor:
+    """Random starts (B, ...) on the ball's surface, as evaluation uses."""
+    noise = torch.randn(x.shape, generator=generator(5))
+    order = {"Linf": float("inf"), "L2": 2, "L1": 1}[threat.norm]
+    return threat.eps * noise / noise.flatten(1).norm(p=order, dim=1).view(-1, 1, 1, 1)
+
+
+def gap(attack: Attack, x: Tensor, y: Tensor, threat: Threat, delta_init: Tensor | None = None) -> float:
+    """Share of the best possible gain of a linear margin that the attack misses, at worst over the examples."""
+    model = Linear()
+    target = (y + 1) % 4
+    loss = partial(margin_targeted, target=target)
+    slope = (model.weight[target] - model.weight[y]).detach().view(x.shape)
+    result = attack(model, x, y, threat, 100, loss, delta_init)
+    clean = loss(model(x).detach(), y).double()
+    best = best_gain(slope, x, threat)
+    reached = (slope.double() * (result.x_best.double() - x.double())).flatten(1).sum(1)
+    torch.testing.assert_close(result.loss.double() - clean, reached, rtol=1e-3, atol=1e-3)
+    assert bool((reached <= best * (1 + 1e-4)).all())
+    return float(((best - reached) / best).max())
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm", "tolerance"),
+    [(apgd, "Linf", 1e-5), (apgd, "L2", 1e-3), (apgd, "L1", 1e-2), (apgd_shrinking, "L1", 1e-2)],
+)
+@pytest.mark.parametrize("start", ["clean", "random"])
+def test_reaches_the_best_margin_of_a_linear_model(attack: Attack, norm: Norm, tolerance: float, start: str) -> None:
+    (x, y), threat = points(), Threat(norm, RADII[norm])
+    noise = surface(x, threat) if start == "random" else None
+    missed = gap(attack, x, y, threat, noise)
+    print(norm, attack.__name__, start, missed)
+    assert missed <= tolerance
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("Linf", 1), ("L2", 2), ("L1", float("inf"))])
+def test_without_the_box_the_gain_is_eps_times_the_dual_norm(norm: Norm, dual: float) -> None:
+    _, y = points()
+    x = torch.full((ROWS, *SHAPE), 0.5)
+    threat = Threat(norm, 0.05)
+    weight, target = Linear().weight.detach(), (y + 1) % 4
+    slope = weight[target] - weight[y]
+    torch.testing.assert_close(
+        best_gain(slope, x, threat), threat.eps * slope.double().norm(p=dual, dim=1), rtol=1e-9, atol=0
+    )
+    missed = gap(apgd, x, y, threat)
+    print(norm, missed)
+    assert missed <= 1e-4
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, dlr, "margin"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_two_classes_or_more_break_where_a_linear_model_can_be_broken(norm: Norm, loss: object) -> None:
+    """Two classes: an example breaks when the best gain is larger than its margin, and only then; those at the border left out."""
+    x, y = points(32, 2)
+    model = Linear(2)
+    model.weight.data.mul_(0.05)
+    threat = Threat(norm, RADII[norm])
+    logits = model(x).detach().double()
+    rows = torch.arange(len(y))
+    margin = logits[rows, y] - logits[rows, 1 - y]
+    slope = model.weight.detach()[1 - y] - model.weight.detach()[y]
+    best = best_gain(slope, x, threat)
+    chosen = partial(margin_targeted, target=1 - y) if loss == "margin" else loss
+    if loss is dlr:  # needs three classes: one that is never the second
+        model.weight.data = torch.cat([model.weight.data, torch.zeros(1, model.weight.shape[1])])
+        model.bias.data = torch.cat([model.bias.data, torch.tensor([-100.0])])
+    broken = apgd(model, x, y, threat, 100, chosen).broken  # type: ignore[arg-type]
+    sure = (margin - best).abs() > 0.02 * best
+    assert int(sure.sum()) > 20
+    assert torch.equal(broken[sure], (margin <= best)[sure])
+    assert int(broken.sum()) > 0
+
+
+@pytest.mark.parametrize(("attack", "norm"), ATTACKS)
+@pytest.mark.parametrize("start", ["clean", "random"])
+@pytest.mark.parametrize("n_iter", [4, 10, 25])
+def test_promises_of_the_result(attack: Attack, norm: Norm, start: str, n_iter: int) -> None:
+    model, (x, y) = convolutions(), points(classes=5)
+    y = torch.where(torch.arange(ROWS) < 12, model(x).argmax(1), y)  # most are right at first
+    threat = Threat(norm, RADII[norm] / 2)
+    delta = 2 * RADII[norm] * torch.randn(x.shape, generator=generator(5)) if start == "random" else None
+    result = attack(model, x, y, threat, n_iter, delta_init=delta)
+    assert result.x_best.shape == result.x_adv.shape == x.shape
+    assert result.broken.dtype == torch.bool
+    assert bool(threat.contains(x, result.x_best).all())
+    assert bool(threat.contains(x, result.x_adv).all())
+    with torch.no_grad():
+        assert torch.equal(model(result.x_adv).argmax(1) != y, result.broken)
+        torch.testing.assert_close(cross_entropy(model(result.x_best), y), result.loss, rtol=1e-5, atol=1e-6)
+        misclassified_best = model(result.x_best).argmax(1) != y
+        wrong_at_first = model(x).argmax(1) != y
+        if attack is apgd:
+            first = x if delta is None else x + project(delta, x, threat)
+            assert bool((result.loss >= cross_entropy(model(first), y) - 1e-6).all())
+    assert bool(result.broken[misclassified_best].all())
+    assert torch.equal(result.x_adv[~result.broken], x[~result.broken])
+    if attack is apgd and start == "clean":
+        assert bool(result.broken[wrong_at_first].all())
+    for tensor in (result.x_best, result.x_adv, result.loss):
+        assert not tensor.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_more_steps_find_more() -> None:
+    model, (x, y) = convolutions(), points(classes=5)
+    for norm in NORMS:
+        few, many = (apgd(model, x, y, Threat(norm, RADII[norm]), n).loss.mean() for n in (2, 40))
+        assert float(many) > float(few)
+
+
+class Counter:
+    """Counts the passes through a model, and those backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.forwards, self.backwards = model, 0, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        logits: Tensor = self.model(x)
+        if logits.requires_grad and x.requires_grad:
+            logits.register_hook(self._count)
+        return logits
+
+    def _count(self, grad: Tensor) -> None:
+        self.backwards += 1
+
+
+@pytest.mark.parametrize("n_iter", [1, 2, 10, 33])
+@pytest.mark.parametrize("norm", NORMS)
+def test_number_of_passes(norm: Norm, n_iter: int) -> None:
+    counter, (x, y) = Counter(Linear()), points()
+    apgd(counter, x, y, Threat(norm, RADII[norm]), n_iter)
+    assert (counter.forwards, counter.backwards) == (n_iter + 1, n_iter)
+
+
+@pytest.mark.parametrize(("n_iter", "stages"), [(100, (30, 30, 40)), (10, (3, 3, 4)), (4, (1, 1, 2)), (5, (1, 1, 3))])
+def test_shrinking_has_three_stages(n_iter: int, stages: tuple[int, ...]) -> None:
+    counter, (x, y) = Counter(Linear()), points()
+    apgd_shrinking(counter, x, y, Threat("L1", 4.0), n_iter)
+    assert (counter.forwards, counter.backwards) == (n_iter + 3, n_iter)
+    assert sum(stages) == n_iter
+
+
+@pytest.mark.parametrize("n_iter", [0, -1])
+@pytest.mark.parametrize("attack", [apgd, apgd_shrinking])
+def test_no_steps_is_an_error(attack: Attack, n_iter: int) -> None:
+    x, y = points()
+    with pytest.raises(ValueError, match="at least one step"):
+        attack(Linear(), x, y, Threat("L1", 4.0), n_iter)
+
+
+def test_too_few_steps_for_three_stages_is_an_error() -> None:
+    x, y = points()
+    with pytest.raises(ValueError, match="at least one step"):
+        apgd_shrinking(Linear(), x, y, Threat("L1", 4.0), 3)
+
+
+@pytest.mark.parametrize(("attack", "norm"), ATTACKS)
+def test_result_does_not_depend_on_the_batch(attack: Attack, norm: Norm) -> None:
+    model, (x, y) = convolutions(), points(classes=5)
+    threat = Threat(norm, RADII[norm])
+    delta = threat.eps * torch.randn(x.shape, generator=generator(5))
+    whole = attack(model, x, y, threat, 10, delta_init=delta)
+    half = ROWS // 2
+    halves = [attack(model, x[s], y[s], threat, 10, delta_init=delta[s]) for s in (slice(half), slice(half, None))]
+    for name in ("x_best", "x_adv", "loss"):
+        joined = torch.cat([getattr(part, name) for part in halves])
+        torch.testing.assert_close(getattr(whole, name), joined, rtol=1e-4, atol=1e-4)
+    assert torch.equal(whole.broken, torch.cat([part.broken for part in halves]))
+
+
+@pytest.mark.parametrize(("attack", "norm"), ATTACKS)
+def test_channels_last_network(attack: Attack, norm: Norm) -> None:
+    x, y = points(classes=5)
+    threat = Threat(norm, RADII[norm])
+    plain = attack(convolutions(), x, y, threat, 6)
+    model = convolutions().to(memory_format=torch.channels_last)
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        result = attack(model, images, y, threat, 6)
+        torch.testing.assert_close(result.loss, plain.loss, rtol=1e-3, atol=1e-3)
+        assert bool(threat.contains(x, result.x_best).all())
+
+
+@pytest.mark.parametrize(("attack", "norm"), ATTACKS)
+def test_runs_on_meta_so_it_never_waits_for_data(attack: Attack, norm: Norm) -> None:
+    with torch.device("meta"):
+        model = PreActResNet18(width=8).eval()
+        x, y = torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+        delta = torch.rand(4, 3, 32, 32)
+    for start in (None, delta):
+        result = attack(model, x, y, Threat(norm, RADII[norm]), 10, delta_init=start)
+        assert result.x_best.device.type == "meta"
+        assert result.x_adv.shape == x.shape
+        assert result.broken.shape == result.loss.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("n_iter", "expected"),
+    [
+        (100, [22, 41, 57, 70, 80, 87, 93, 99]),  # intervals 22, 19, 16, ... 7, then 6
+        (10, [2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (1, [1]),
+    ],
+)
+def test_check_points(n_iter: int, expected: list[int]) -> None:
+    x = torch.zeros(1, 4)
+    value = torch.zeros(1)
+    halving = Halving(x, x, Threat("Linf", 0.1), n_iter, value, 0.05)
+    never = torch.zeros(1, dtype=torch.bool)
+    checks = [k + 1 for k in range(n_iter) if halving.observe(k, never, value, x) is not None]
+    assert checks == expected
+
+
+@pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False), (22, False), (0, True)])
+def test_step_is_halved_at_no_more_than_three_quarters_rises(rises: int, halved: bool) -> None:
+    x, value = torch.zeros(1, 4), torch.zeros(1)
+    halving = Halving(x, x, Threat("Linf", 0.1), 100, value, 0.05)
+    for k in range(22):
+        go_back = halving.observe(k, torch.tensor([k < rises]), value + 1, x)
+    assert go_back is not None
+    assert go_back.tolist() == [halved]
+    assert halving.step.tolist() == pytest.approx([0.1 if halved else 0.2])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-35])
+@pytest.mark.parametrize("norm", NORMS)
+def test_tiny_gradients_still_move(norm: Norm, scale: float) -> None:
+    """A saturated network's gradient: its squares underflow in float32."""
+    x, y = torch.full((ROWS, *SHAPE), 0.5), points()[1]
+    target = (y + 1) % 4
+    model = Linear()
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return scale * margin_targeted(logits, labels, target)
+
+    threat = Threat(norm, 0.05)
+    result = apgd(model, x, y, threat, 100, loss)
+    slope = (model.weight[target] - model.weight[y]).detach()
+    reached = (slope * (result.x_best - x).flatten(1)).sum(1).double()
+    assert bool((reached >= 0.99 * best_gain(slope, x, threat)).all())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_zero_gradient_is_harmless(norm: Norm) -> None:
+    x, y = points()
+
+    def flat(images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :4] * 0
+
+    result = apgd(flat, x, y, Threat(norm, RADII[norm]), 10)
+    assert bool(result.x_best.isfinite().all())
+    assert bool(Threat(norm, RADII[norm]).contains(x, result.x_best).all())

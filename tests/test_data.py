@@ -1,0 +1,206 @@
+"""Data sets: a fixed digits split, batches that cover each point once, augmentation against a slow reference."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from data import DATASETS, Split, _augment, batches, load_dataset, number_of_batches
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+
+
+def numbered(n: int, flip: bool = False, padding: int = 1) -> Split:
+    """n images of 1 x 4 x 4 whose label tells the image."""
+    images = torch.randint(1, 256, (n, 1, 4, 4), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+    return Split(images, torch.arange(n), levels=255, padding=padding, flip=flip)
+
+
+def test_digits_split_is_fixed() -> None:
+    digits = load_dataset("digits", "/nowhere")
+    assert (len(digits.train), len(digits.test), digits.num_classes) == (1297, 500, 10)
+    assert digits.shape == (1, 8, 8)
+    assert (digest(digits.train.labels), digest(digits.test.labels)) == ("5457d35851d806e0", "bd2e9b7c2aa9b6b5")
+    assert (digest(digits.train.images), digest(digits.test.images)) == ("88a4f8245e33f904", "6b259e4b4d2cd106")
+
+
+def test_digits_halves_are_the_whole_set_in_proportion() -> None:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    digits = load_dataset("digits", "/nowhere")
+    rows = torch.cat([digits.train.images, digits.test.images]).flatten(1)
+    whole = torch.tensor(images, dtype=torch.uint8)
+    # As many points and the same ones, so none is in both.
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, whole.tolist()))
+    counts = torch.bincount(torch.tensor(labels))
+    for split in (digits.train, digits.test):
+        share = counts * len(split) / len(labels)
+        assert float((torch.bincount(split.labels) - share).abs().max()) < 1
+        assert not split.flip
+
+
+def test_digits_pixels() -> None:
+    digits = load_dataset("digits", "/nowhere")
+    for split in (digits.train, digits.test):
+        x, y = split.pixels()
+        assert x.dtype == torch.float32
+        assert (float(x.min()), float(x.max())) == (0, 1)
+        assert torch.equal(y, split.labels)
+        first, labels = split.first(7).pixels()
+        assert torch.equal(first, x[:7])
+        assert torch.equal(labels, y[:7])
+
+
+def test_unknown_data_set() -> None:
+    with pytest.raises(ValueError, match=" or ".join(DATASETS)):
+        load_dataset("cifar-10", "/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size"), [(10, 3), (10, 5), (11, 5), (12, 5), (1, 4), (2, 4), (4, 4), (5, 1), (100, 128)]
+)
+def test_each_point_once_and_no_single_left_over(n: int, batch_size: int) -> None:
+    parts = [y.tolist() for _, y in batches(numbered(n), batch_size, seed=0, epoch=0)]
+    assert len(parts) == number_of_batches(n, batch_size)
+    if batch_size > 1:
+        seen = [label for part in parts for label in part]
+        single = n > 1 and n % batch_size == 1
+        assert len(seen) == len(set(seen)) == n - single
+        assert all(len(part) == batch_size for part in parts[:-1])
+        assert n == 1 or all(len(part) > 1 for part in parts)
+
+
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
+    split = numbered(50, flip=True)
+
+    def epoch(seed: int, number: int) -> tuple[Tensor, Tensor]:
+        xs, ys = zip(*batches(split, 8, seed, number), strict=True)
+        return torch.cat(xs), torch.cat(ys)
+
+    x, y = epoch(3, 1)
+    torch.rand(4)  # the global generator plays no part
+    again = epoch(3, 1)
+    assert torch.equal(x, again[0])
+    assert torch.equal(y, again[1])
+    for seed, number in ((3, 2), (4, 1), (1, 3)):
+        assert not torch.equal(y, epoch(seed, number)[1])
+
+
+def test_batches_are_pixels_of_their_labels() -> None:
+    split = numbered(20, padding=0)
+    for x, y in batches(split, 6, seed=0, epoch=0):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, split.images[y].float() / 255, rtol=0, atol=0)
+
+
+def cut(image: Tensor, padding: int, top: int, left: int, mirrored: bool) -> Tensor:
+    """The crop of a zero-padded image (C, H, W), pixel by pixel."""
+    channels, height, width = image.shape
+    out = torch.zeros_like(image)
+    for row, column in product(range(height), range(width)):
+        source_row, source_column = row + top - padding, column + left - padding
+        if 0 <= source_row < height and 0 <= source_column < width:
+            to = width - 1 - column if mirrored else column
+            for channel in range(channels):
+                out[channel, row, to] = image[channel, source_row, source_column]
+    return out
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("shape", "padding"), [((3, 6, 5), 2), ((1, 4, 4), 1), ((3, 4, 7), 0)])
+def test_augment_is_a_crop_perhaps_mirrored(shape: tuple[int, int, int], padding: int, flip: bool) -> None:
+    image = torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    offsets = range(2 * padding + 1)
+    kinds = list(product(offsets, offsets, [False, True] if flip else [False]))
+    expected = {cut(image, padding, *kind).numpy().tobytes(): kind for kind in kinds}
+    assert len(expected) == len(kinds)
+    n = 80 * len(kinds)
+    out = _augment(image.expand(n, *shape), padding, flip, torch.Generator().manual_seed(1))
+    assert out.shape == (n, *shape)
+    assert out.dtype == torch.uint8
+    assert out.is_contiguous()
+    counts = dict.fromkeys(kinds, 0)
+    for one in out:
+        counts[expected[one.numpy().tobytes()]] += 1  # a KeyError here: no crop of the image
+    # Every crop is as likely as another: 80 of each, within five standard errors.
+    assert all(abs(count - 80) < 45 for count in counts.values())
+
+
+def test_augment_keeps_images_apart() -> None:
+    images = torch.arange(1, 31, dtype=torch.uint8).view(30, 1, 1, 1).expand(30, 3, 4, 4)
+    out = _augment(images, 1, True, torch.Generator().manual_seed(0))
+    for i, image in enumerate(out):
+        assert set(image.unique().tolist()) <= {0, i + 1}
+        assert torch.equal(image[0], image[1])
+
+
+def test_digits_are_never_mirrored() -> None:
+    train = load_dataset("digits", "/nowhere").train.first(100)
+    drawn = 0
+    for x, y in batches(train, 100, seed=0, epoch=0):
+        images = (x * train.levels).round().to(torch.uint8)
+        allowed = {
+            cut(image, 1, top, left, False).numpy().tobytes()
+            for image in train.images
+            for top, left in product(range(3), repeat=2)
+        }
+        assert all(image.numpy().tobytes() in allowed for image in images)
+        drawn += len(y)
+    assert drawn == 100
+
+
+@pytest.mark.skipif("CIFAR10_DIR" not in os.environ, reason="CIFAR10_DIR is not set")
+def test_cifar10_files() -> None:
+    cifar = load_dataset("cifar10", os.environ["CIFAR10_DIR"])
+    assert cifar.shape == (3, 32, 32)
+    for split, n in ((cifar.train, 50_000), (cifar.test, 10_000)):
+        assert split.images.shape == (n, 3, 32, 32)
+        assert split.images.dtype == torch.uint8
+        assert torch.bincount(split.labels).tolist() == [n // 10] * 10
+        assert (split.levels, split.padding, split.flip) == (255, 4, True)
+
+
+@pytest.mark.parametrize("existed", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError("File not found or corrupted."), OSError("no network")])
+def test_failed_download_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool, error: Exception
+) -> None:
+    from torchvision.datasets import CIFAR10
+
+    def fail(self: CIFAR10) -> None:
+        part = Path(self.root) / CIFAR10.base_folder
+        part.mkdir(parents=True)
+        (part / "data_batch_1").write_text("half")
+        raise error
+
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    folder = tmp_path / "data"
+    if existed:
+        folder.mkdir()
+        (folder / "mine").write_text("keep")
+    with pytest.raises(ValueError, match=r"--data_dir.*--dataset=digits"):
+        load_dataset("cifar10", str(folder))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == (["data", "mine"] if existed else [])
+
+
+def test_damaged_cifar10_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    def forbidden(self: CIFAR10) -> None:
+        raise AssertionError("downloaded over the user's files")
+
+    monkeypatch.setattr(CIFAR10, "download", forbidden)
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    (folder / "data_batch_1").write_text("half")
+    with pytest.raises(ValueError, match=r"not whole.*--data_dir"):
+        load_dataset("cifar10", str(tmp_path))

@@ -1,0 +1,87 @@
+"""E-AT's draw: even at first, then in proportion to the running error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attacks.multinorm import EAT
+from attacks.threat import Threat
+
+LINF, L2, L1 = Threat("Linf", 0.1), Threat("L2", 0.5), Threat("L1", 3.0)
+
+
+def outcome(right: int, seen: int) -> torch.Tensor:
+    """(seen,) bool, `right` of them True."""
+    return torch.arange(seen) < right
+
+
+def test_even_until_each_threat_was_met() -> None:
+    eat = EAT([LINF, L2, L1])
+    assert eat.probabilities() == pytest.approx([1 / 3] * 3)
+    eat.observe(0, outcome(1, 10))
+    eat.observe(2, outcome(9, 10))
+    assert eat.errors() == pytest.approx([0.9, 1, 0.1])
+    assert eat.probabilities() == pytest.approx([1 / 3] * 3)
+    eat.observe(1, outcome(5, 10))
+    assert eat.probabilities() == pytest.approx([0.9 / 1.5, 0.5 / 1.5, 0.1 / 1.5])
+
+
+@settings(deadline=None, database=None, max_examples=100, derandomize=True)
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 1]), st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=30),
+)
+def test_probabilities_follow_the_counts_of_the_whole_run(updates: list[tuple[int, int, float]]) -> None:
+    eat = EAT([LINF, L1])
+    right, seen = [0, 0], [0, 0]
+    for index, size, share in updates:
+        eat.observe(index, outcome(int(share * size), size))
+        right[index] += int(share * size)
+        seen[index] += size
+    assert (eat.right, eat.seen) == (right, seen)
+    assert sum(eat.probabilities()) == pytest.approx(1)
+    if all(seen):
+        errors = [1 - r / s for r, s in zip(right, seen, strict=True)]
+        assert eat.errors() == pytest.approx(errors)
+        expected = [error / sum(errors) for error in errors] if sum(errors) else [0.5, 0.5]
+        assert eat.probabilities() == pytest.approx(expected)
+    else:
+        assert eat.probabilities() == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("rights", [(20, 80), (50, 50), (100, 60), (0, 99)])
+def test_draws_have_these_frequencies(rights: tuple[int, int]) -> None:
+    eat = EAT([LINF, L1])
+    for index, right in enumerate(rights):
+        eat.observe(index, outcome(right, 100))
+    draws, generator = 10_000, torch.Generator().manual_seed(0)
+    ones = sum(eat.draw(generator) for _ in range(draws))
+    chance = (100 - rights[1]) / (200 - sum(rights))
+    assert abs(ones / draws - chance) <= 3 * (chance * (1 - chance) / draws) ** 0.5
+
+
+def test_all_robust_is_even() -> None:
+    eat = EAT([LINF, L1])
+    for index in range(2):
+        eat.observe(index, outcome(10, 10))
+    assert eat.errors() == [0, 0]
+    assert eat.probabilities() == [0.5, 0.5]
+    assert {eat.draw(torch.Generator().manual_seed(seed)) for seed in range(20)} == {0, 1}
+
+
+@pytest.mark.parametrize("right", [None, 0, 5, 10])
+def test_single_threat_is_always_drawn(right: int | None) -> None:
+    eat = EAT([L2])
+    if right is not None:
+        eat.observe(0, outcome(right, 10))
+    generator = torch.Generator().manual_seed(0)
+    assert eat.probabilities() == [1]
+    assert {eat.draw(generator) for _ in range(50)} == {0}
+
+
+def test_same_generator_same_draws() -> None:
+    eat = EAT([LINF, L2, L1])
+    first, second = (torch.Generator().manual_seed(3) for _ in range(2))
+    assert [eat.draw(first) for _ in range(50)] == [eat.draw(second) for _ in range(50)]

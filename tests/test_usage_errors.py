@@ -1,0 +1,136 @@
+"""Every usage error: exit code 2, one line that names the flag and what to do, no traceback, no file left behind."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as eval_script
+import train
+from models import build_model
+
+DIGITS = ["--dataset=digits"]
+APGD = [*DIGITS, "--attack=apgd"]
+TUNE = [*APGD, "--finetune_model"]
+
+
+class Code:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("__import__('pathlib').Path('ran').touch()",)
+
+
+# flags, the flag that the message must name, a word of what to do
+TRAIN_ERRORS = [
+    ([*APGD, "--l_norms=L3"], "--l_norms", "Linf L2 L1"),
+    ([*APGD, "--l_norms=Linf Linf"], "--l_norms", "once"),
+    ([*APGD, "--l_norms= "], "--l_norms", "at least one"),
+    ([*APGD, "--l_norms=Linf L1", "--l_eps=0.1"], "--l_eps", "one radius for each norm"),
+    ([*APGD, "--l_norms=Linf", "--l_eps=0.1 2"], "--l_eps", "one radius for each norm"),
+    ([*APGD, "--l_norms=Linf", "--l_eps=-0.1"], "--l_eps", "above 0"),
+    ([*APGD, "--l_norms=Linf", "--l_eps=0"], "--l_eps", "above 0"),
+    ([*APGD, "--l_norms=Linf", "--l_eps=8/0"], "--l_eps", "8/255"),
+    ([*APGD, "--l_norms=Linf", "--l_eps=inf"], "--l_eps", "8/255"),
+    ([*APGD, "--l_norms=Linf", "--l_iters=5 5"], "--l_iters", "one number of steps"),
+    ([*APGD, "--l_iters=5 x"], "--l_iters", "whole number"),
+    ([*APGD, "--at_iter=0"], "--at_iter", "at least 1"),
+    ([*DIGITS, "--attack=pgd"], "--attack", "apgd"),
+    ([*DIGITS, "--lr-schedule=cosine"], "--lr-schedule", "piecewise"),
+    ([*DIGITS, "--lr_schedule=piecewise-70-x"], "--lr-schedule", "piecewise"),
+    ([*DIGITS, "--lr-max=0"], "--lr-max", "above 0"),
+    ([*DIGITS, "--epochs=0"], "--epochs", "at least 1"),
+    ([*DIGITS, "--weight_decay=-1"], "--weight_decay", "at least 0"),
+    ([*DIGITS, "--act=tanhh"], "--act", "softplus1"),
+    ([*DIGITS, "--seed=-1"], "--seed", "at least 0"),
+    ([*DIGITS, "--device=cuda:99"], "--device", "auto"),
+    ([*DIGITS, "--device=tpu"], "--device", "auto"),
+    ([*DIGITS, "--n_ex_train=99999"], "--n_ex_train", "1297"),
+    ([*DIGITS, "--n_ex_eval=501", "--eval_freq=1"], "--n_ex_eval", "500"),
+    ([*DIGITS, "--n_ex_final=501", "--final_eval"], "--n_ex_final", "500"),
+    ([*DIGITS, "--eval_eps=0.1 0.5"], "--eval_eps", "three"),
+    ([*DIGITS, "--model_name=net.pth"], "--model_name", "--finetune_model"),
+    (["--dataset=mnist"], "--dataset", "digits"),
+    (TUNE, "--finetune_model", "--model_name"),
+    ([*TUNE, "--model_name=missing.pth"], "--model_name", "--model_dir"),
+    ([*TUNE, "--model_name=net.pth", "--width=8"], "--width", "leave"),
+    ([*TUNE, "--model_name=net.pth", "--lr_no_decay=1"], "--lr_no_decay", "leave"),
+    ([*TUNE, "--model_name=net.pth", "--act=relu"], "--model_name", "--act=softplus1"),
+    ([*TUNE, "--model_name=text.pth"], "--model_name", "not a checkpoint"),
+    ([*TUNE, "--model_name=code.pth"], "--model_name", "refused"),
+    ([*TUNE, "--model_name=empty.pth"], "--model_name", "not a checkpoint"),
+    ([*TUNE, "--model_name=cut.pth"], "--model_name", "damaged"),
+    ([*TUNE, "--model_name=other.pth"], "--model_name", "another network"),
+    ([*TUNE, "--model_name=number.pth"], "--model_name", "state dict"),
+    ([*TUNE, "--model_name=colour.pth"], "--model_name", "(1, 8, 8)"),
+    ([*TUNE, "--model_name=."], "--model_name", "folder"),
+    ([*TUNE, "--model_name=nets.py:absent"], "--model_name", "no function"),
+    ([*TUNE, "--model_name=absent.py:make"], "--model_name", "no file"),
+    ([*TUNE, "--model_name=nets.py:three"], "--model_name", "torch.nn.Module"),
+    ([*TUNE, "--model_name=nets.py:narrow"], "--model_name", "(B, 10)"),
+    ([*DIGITS, "--save_dir=text.pth", "--epochs=1"], "--save_dir", "text.pth"),
+    ([*DIGITS, "--epoch=1"], "--epoch", "--help"),
+]
+EVAL_ERRORS = [
+    ([], "--model_name", "name the network"),
+    (["--model_name=net.pth", "--n_ex=501"], "--n_ex", "500"),
+    (["--model_name=net.pth", "--n_ex=0"], "--n_ex", "at least 1"),
+    (["--model_name=net.pth", "--l_norms=L0"], "--l_norms", "Linf"),
+    (["--model_name=net.pth", "--l_eps=1"], "--l_eps", "one radius for each norm"),
+    (["--model_name=missing.pth"], "--model_name", "--model_dir"),
+    (["--model_name=function.pth"], "--model_name", "nets.py:make@"),
+    (["--model_name=net.pth", "--dataset=cifar10", "--data_dir=broken"], "--data_dir", "--dataset=digits"),
+    (["--model_name=net.pth", "--batch_size_eval=x"], "--batch_size_eval", "whole number"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of good, bad and odd files, made the current one."""
+    monkeypatch.chdir(tmp_path)
+    net = {"num_classes": 10, "in_channels": 1, "width": 4}
+    state = build_model("preact-resnet18", **net).state_dict()
+    spec = {"arch": "preact-resnet18", "act": "softplus1", **net}
+    torch.save({"spec": spec, "state_dict": state, "epoch": 1, "dataset": "digits"}, "net.pth")
+    torch.save(build_model("preact-resnet18", width=4).state_dict(), "colour.pth")
+    torch.save(torch.nn.Linear(3, 3).state_dict(), "other.pth")
+    torch.save({"epoch": 3}, "number.pth")
+    torch.save({"spec": {"arch": "function", "function": "nets.py:make"}, "state_dict": state}, "function.pth")
+    Path("text.pth").write_text("<html>Quota exceeded</html>")
+    Path("empty.pth").touch()
+    Path("cut.pth").write_bytes(Path("net.pth").read_bytes()[:5000])
+    Path("code.pth").write_bytes(pickle.dumps(Code()))
+    Path("nets.py").write_text(
+        "import torch\n\n\ndef three():\n    return 3\n\n\n"
+        "def narrow():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))\n"
+    )
+    Path("broken/cifar-10-batches-py").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "flag", "advice"),
+    [(train, *case) for case in TRAIN_ERRORS] + [(eval_script, *case) for case in EVAL_ERRORS],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_usage_error_is_one_line(script, flags, flag, advice, folder, capsys) -> None:  # type: ignore[no-untyped-def]
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert flag in error
+    assert advice in error
+    assert sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_the_real_process_exits_with_2_and_no_traceback() -> None:
+    script = Path(train.__file__)
+    run = subprocess.run([sys.executable, script, "--epochs=-1"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert run.stderr.count("\n") == 1

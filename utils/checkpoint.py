@@ -1,0 +1,71 @@
+"""Files of weights: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """torch.save to `path` by way of a file beside it, so that a reader finds the old file or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> Any:
+    """What torch.save wrote to `path`, on the CPU; only tensors, numbers, strings and containers of them. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle protocol: what matters is whether it loads
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and _looks_like_a_checkpoint(path):
+            raise ValueError(
+                f"{path} holds Python objects beside tensors; loading it could run code, so it is refused"
+            ) from error
+        raise ValueError(f"{path} is not a checkpoint, or is damaged") from error
+    except (RuntimeError, EOFError, KeyError, OSError, ValueError, AttributeError, IndexError, AssertionError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged") from error
+
+
+def state_dict_of(content: Any) -> dict[str, Tensor]:
+    """The plain state dict inside the usual wrappings (`state_dict`, `model`, ..., `module.` prefixes). Raises ValueError if none."""
+    while isinstance(content, dict) and not _is_state_dict(content):
+        inner = [
+            content[key] for key in ("state_dict", "model_state_dict", "model", "net", "last", "best") if key in content
+        ]
+        if not inner:
+            break
+        content = inner[0]
+    if not _is_state_dict(content):
+        raise ValueError("it holds no state dict (tensors by name, plain or under 'state_dict' or 'model')")
+    for prefix in ("module.", "model.", "_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return dict(content)
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _looks_like_a_checkpoint(path: Path) -> bool:
+    """A zip archive, as torch writes since 1.6, or a bare pickle; a text file is neither."""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"

@@ -1,0 +1,78 @@
+"""Small pieces of a training loop that know no model, attack or data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module in eval mode inside; each back in its own mode after (a frozen BatchNorm stays frozen)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """No parameter asks for a gradient inside, so that none is computed or kept for; each as it was after."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but the key, such as (seed, epoch, step): resuming needs no saved state."""
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, lr_no_decay: float | None
+) -> list[dict[str, object]]:
+    """SGD groups as published for training from scratch: decay for weights, none for biases and norm layers (all 1-d parameters).
+
+    lr_no_decay, if given, is the second group's constant rate (the published code's 1.0); else it follows the schedule.
+    """
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": others, "lr": lr_no_decay or lr, "weight_decay": 0.0, "constant_lr": lr_no_decay is not None},
+    ]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every parameter group but those marked `constant_lr`."""
+    for group in optimizer.param_groups:
+        if not group.get("constant_lr"):
+            group["lr"] = lr
+
+
+def choose_device(name: str) -> torch.device:
+    """The device named; `auto` is CUDA if there, else MPS, else the CPU. Raises ValueError if the machine has no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps") from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise ValueError(f"this machine has no device {name!r}; --device=auto takes what there is")
+    return device
