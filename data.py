@@ -74,14 +74,14 @@ def batches(
     draws = generator(seed, epoch)
     order = torch.randperm(len(split), generator=draws)
     for chosen in order.split(batch_size):
-        if len(chosen) > 1 or len(order) == 1:
+        if len(chosen) > 1 or batch_size == 1 or len(order) == 1:
             images = _augment(split.images[chosen], split.padding, split.flip, draws)
             yield images.to(device).float() / split.levels, split.labels[chosen].to(device)
 
 
 def number_of_batches(n: int, batch_size: int) -> int:
     """How many batches `batches` gives for n points."""
-    return n // batch_size + (n % batch_size > 1 or n == 1)
+    return n // batch_size + (n % batch_size > 1 or n == 1 < batch_size)
 
 
 def _augment(images: Tensor, padding: int, flip: bool, draws: torch.Generator) -> Tensor:
@@ -96,7 +96,9 @@ def _augment(images: Tensor, padding: int, flip: bool, draws: torch.Generator) -
     rows = top + torch.arange(height)
     # Indices on both sides of the slice put the channels last: (B, H, W, C).
     cut = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return cut.permute(0, 3, 1, 2).contiguous()
+    # clone, not contiguous(): with one channel the latter keeps strides that read as channels-last, where oneDNN's
+    # gradient of narrow convolutions corrupts memory (docs/LOG.md).
+    return cut.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _digits() -> Dataset:
@@ -139,13 +141,13 @@ def _download_cifar10(data_dir: Path, how: str) -> None:
     """Download into a folder beside, and move it in place when whole: a failure leaves nothing behind."""
     from torchvision.datasets import CIFAR10
 
-    existed = data_dir.exists()
+    missing = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir) as part:
             CIFAR10(part, download=True)
             shutil.move(Path(part) / CIFAR10.base_folder, data_dir / CIFAR10.base_folder)
     except (OSError, RuntimeError) as error:
-        if not existed:
-            shutil.rmtree(data_dir, ignore_errors=True)
+        if missing:
+            shutil.rmtree(missing[-1], ignore_errors=True)
         raise ValueError(f"CIFAR-10 is not in {data_dir} and could not be downloaded: {how}") from error

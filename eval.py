@@ -13,8 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
-
 from attacks.standard import evaluate, save, summarise
 from attacks.threat import NORMS, threats_for
 from data import DATASETS, load_dataset
@@ -92,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.n_ex and args.n_ex > len(data.test):
         parser.error(f"argument --n_ex: {args.dataset} has {len(data.test)} test points, {args.n_ex} were asked for")
     args.n_ex = args.n_ex or min(1000, len(data.test))
-    model = loaded.model.eval().to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+    model = loaded.model.eval().to(device).requires_grad_(False)
     with parser.blame("--model_name"):
         check_fits(model, data.shape, data.num_classes)
     with parser.blame("--save_dir"):

@@ -58,7 +58,7 @@ def make_parser() -> Parser:
     add_flag(
         model,
         "--model_name",
-        help="with --finetune_model: checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION",
+        help="the start of --finetune_model (needed with it): checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION",
     )
     add_flag(model, "--model_dir", default="./pretrained", help="folder for pretr_* and RB_* files (%(default)s)")
     add_flag(
@@ -216,7 +216,7 @@ def load(args: Namespace, parser: Parser) -> tuple[Dataset, nn.Module, Spec, tor
         spec = {"arch": "preact-resnet18", **sizes}
         model = build_model(**spec)
     args.lr_max = args.lr_max or (0.05 if spec["arch"] == "preact-resnet18" else 0.01)
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = model.to(device)
     with parser.blame("--model_name"), eval_mode(model):
         check_fits(model, data.shape, data.num_classes)
     return data, model, spec, device

@@ -103,7 +103,7 @@ def evaluate(
         for run in (quick_runs if quick else standard_runs)(threat.norm, num_classes):
             left = standing.nonzero()[:, 0]
             bar = tqdm(total=len(left), desc=f"{threat}, {run}", unit="point", disable=not progress, leave=False)
-            for index in left.split(batch_size):
+            for index in left.split(batch_size) if len(left) else ():
                 found, images = _attack(
                     model, x[index], y[index], ranked[index], index, threat, run, n_iter, seed, device
                 )

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywh
 from utils.run import new_folder, table
 
 ROOT = Path(__file__).parents[1]
-EPOCHS, POINTS = 30, 150
+EPOCHS, POINTS = 20, 100
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,9 @@ def _importable() -> Iterator[None]:
         stands["autoattack.state"] = importlib.import_module("pyautoattack.state")
     sys.modules.update(stands)
     try:
-        importlib.import_module("robustbench.utils")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its libraries' own, which no user of ours can act on
+            importlib.import_module("robustbench.utils")
         yield
     finally:
         for name in stands:

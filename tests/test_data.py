@@ -66,17 +66,16 @@ def test_unknown_data_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "batch_size"), [(10, 3), (10, 5), (11, 5), (12, 5), (1, 4), (2, 4), (4, 4), (5, 1), (100, 128)]
+    ("n", "batch_size"), [(10, 3), (10, 5), (11, 5), (12, 5), (1, 4), (2, 4), (4, 4), (5, 2), (100, 128), (129, 128)]
 )
 def test_each_point_once_and_no_single_left_over(n: int, batch_size: int) -> None:
     parts = [y.tolist() for _, y in batches(numbered(n), batch_size, seed=0, epoch=0)]
     assert len(parts) == number_of_batches(n, batch_size)
-    if batch_size > 1:
-        seen = [label for part in parts for label in part]
-        single = n > 1 and n % batch_size == 1
-        assert len(seen) == len(set(seen)) == n - single
-        assert all(len(part) == batch_size for part in parts[:-1])
-        assert n == 1 or all(len(part) > 1 for part in parts)
+    seen = [label for part in parts for label in part]
+    single = n > 1 and n % batch_size == 1
+    assert len(seen) == len(set(seen)) == n - single
+    assert all(len(part) == batch_size for part in parts[:-1])
+    assert n == 1 or all(len(part) > 1 for part in parts)
 
 
 def test_batches_depend_on_seed_and_epoch_alone() -> None:

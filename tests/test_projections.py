@@ -24,7 +24,7 @@ EXHAUSTIVE = settings(deadline=None, database=None, max_examples=100, derandomiz
 
 
 def draw(n: int, scale: float, heavy: bool, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
-    """delta and x, both (ROWS, n): about a third of x exactly 0 or 1, a few steps exactly 0, heavy tails if asked for."""
+    """delta and x, both (ROWS, n): a third of x exactly 0 or 1, some steps exactly 0, heavy tails if asked for."""
     draws = torch.Generator().manual_seed(seed)
     x = (torch.rand(ROWS, n, generator=draws) * 1.5 - 0.25).clamp(0, 1)
     delta = scale * torch.randn(ROWS, n, generator=draws)
@@ -92,7 +92,7 @@ def test_no_allowed_point_is_nearer(norm: Norm, n: int, scale: float, eps: float
     target, pixels = delta.double(), x.double()
     distance = (target - found).norm(dim=1)
     for kind in range(12):
-        # Anywhere in the box, or towards the target; sparse or dense; then scaled into the ball: all of it convex, with 0 inside.
+        # Anywhere in the box, or towards the target; sparse or dense; then scaled into the ball.
         other = torch.rand(ROWS, n, generator=draws).double() - pixels
         if kind % 2:
             other = torch.rand(ROWS, n, generator=draws).double().pow(0.1 if kind % 4 == 1 else 4) * target

@@ -38,7 +38,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that depends on nothing but the key, such as (seed, epoch, step): resuming needs no saved state."""
     return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        int(np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     )
 
 
@@ -53,7 +53,12 @@ def parameter_groups(
     others = [p for p in model.parameters() if p.dim() <= 1]
     return [
         {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": others, "lr": lr_no_decay or lr, "weight_decay": 0.0, "constant_lr": lr_no_decay is not None},
+        {
+            "params": others,
+            "lr": lr if lr_no_decay is None else lr_no_decay,
+            "weight_decay": 0.0,
+            "constant_lr": lr_no_decay is not None,
+        },
     ]
 
 
