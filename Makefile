@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 .venv/.done: requirements-tested.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ lint: .venv/.done
 
 test: lint
 	$(PY) -m pytest
+
+test-slow: .venv/.done  # minutes: robust accuracy against pyautoattack's
+	$(PY) -m pytest -m slow
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
