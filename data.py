@@ -69,7 +69,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of augmented batches: x (B, C, H, W) float32 in [0, 1], y (B,). Order and augmentation depend on (seed, epoch) alone.
 
-    The last batch may be smaller, but a single left-over point is not made a batch: BatchNorm can't train on one.
+    The last batch may be smaller, but a single left-over point is not made a batch (BatchNorm may fail on one), unless
+    batch_size or the split is 1.
     """
     draws = generator(seed, epoch)
     order = torch.randperm(len(split), generator=draws)
