@@ -11,15 +11,36 @@ The standard evaluation: APGD-CE and APGD-T, 100 steps, 10 restarts in all for e
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from attacks.standard import evaluate, save, summarise
+from attacks.results import as_json, paired
+from attacks.standard import Budget, Points, evaluate
 from attacks.threat import NORMS, threats_for
 from data import DATASETS, load_dataset
 from models.pretrained import check_fits, load_model
+from utils.checkpoint import fingerprint
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
-from utils.run import environment, new_folder, table
+from utils.distributed import from_first, local_device, processes
+from utils.run import difference_table, environment, new_folder, newest_folder, read_json, table, write_json
 from utils.training import choose_device
+
+# An evaluation can go on only if none of these changed. Not the device, the batch size or the number of processes.
+DECIDE = (
+    "dataset",
+    "n_ex",
+    "l_norms",
+    "l_eps",
+    "attacks",
+    "n_iter",
+    "n_restarts",
+    "n_targets",
+    "union_only",
+    "amp",
+    "seed",
+)
 
 
 def make_parser() -> Parser:
@@ -59,27 +80,62 @@ def make_parser() -> Parser:
         type=float_list,
         help="a radius per norm, in pixels of [0, 1], fractions too (the data set's)",
     )
+    add_flag(
+        attack,
+        "--attacks",
+        choices=["standard", "fast", "autoattack"],
+        default="standard",
+        help="standard: APGD-CE and APGD-T; fast: one APGD-CE, an upper bound; autoattack: then FAB-T and Square (%(default)s)",
+    )
+    add_flag(
+        attack, "--n_iter", type=positive_int, default=100, help="steps of each APGD run, at least 4 (%(default)s)"
+    )
+    add_flag(attack, "--n_restarts", type=positive_int, help="runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)")
+    add_flag(attack, "--n_targets", type=natural_int, help="runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)")
+    add_flag(
+        attack, "--union_only", action="store_true", help="worst case alone: a point broken in one norm is done (off)"
+    )
     add_flag(attack, "--only_clean", action="store_true", help="no attack, clean accuracy alone (off)")
+    add_flag(
+        attack,
+        "--amp",
+        choices=["off", "bf16"],
+        default="off",
+        help="precision of the attack's passes; what it breaks is checked in float32 (%(default)s)",
+    )
     add_flag(attack, "--seed", type=natural_int, default=0, help="of the random starts (%(default)s)")
     run = parser.add_argument_group("run")
     add_flag(run, "--batch_size_eval", type=positive_int, default=250, help="points attacked at once (%(default)s)")
     add_flag(run, "--save_dir", default="./results", help="folder in which the result's folder is made (%(default)s)")
+    add_flag(
+        run,
+        "--resume",
+        action="store_true",
+        help="go on with the same command's newest evaluation, if there is one (off)",
+    )
+    add_flag(
+        run, "--baseline", help="another evaluation's eval.json: paired differences to it, on the same points (none)"
+    )
     add_flag(run, "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s: the best there is)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Load, attack, print the table, save eval.json and the adversarial images."""
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Load, attack, print the table, save eval.json and the adversarial images; the result's folder."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if not args.model_name:
         parser.error("argument --model_name: name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth")
+    if args.n_iter < 4:
+        parser.error("argument --n_iter: L1 is attacked in three stages, give at least 4 steps")
     with parser.blame("--l_norms"):
         threats_for("cifar10", args.l_norms)
     with parser.blame("--l_eps"):
         threats_for("cifar10", args.l_norms, args.l_eps)
+    with parser.blame("--baseline"):
+        baseline = read_json(args.baseline) if args.baseline else None
     with parser.blame("--device"):
-        device = choose_device(args.device)
+        device = local_device(choose_device(args.device))
     with parser.blame("--model_name"):
         loaded = load_model(args.model_name, args.model_dir, args.dataset or "cifar10")
     args.dataset = args.dataset or loaded.about.get("dataset", "cifar10")
@@ -90,20 +146,71 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.n_ex and args.n_ex > len(data.test):
         parser.error(f"argument --n_ex: {args.dataset} has {len(data.test)} test points, {args.n_ex} were asked for")
     args.n_ex = args.n_ex or min(1000, len(data.test))
+    if baseline:
+        with parser.blame("--baseline"):
+            check_baseline(baseline, args)
     model = loaded.model.eval().to(device).requires_grad_(False)
     with parser.blame("--model_name"):
         check_fits(model, data.shape, data.num_classes)
-    with parser.blame("--save_dir"):
-        folder = new_folder(args.save_dir, ["eval", args.dataset, *args.model_name.split("/")[-2:], f"n{args.n_ex}"])
-    attacked = ", ".join(map(str, threats)) or "no attack"
-    print(f"{args.model_name} on {args.n_ex} test points of {args.dataset}: {attacked}; on {device}", flush=True)
-    start, env = time.time(), environment(device)
-    x, y = data.test.first(args.n_ex).pixels()
-    result = evaluate(model, x, y, threats, device, batch_size=args.batch_size_eval, seed=args.seed)
-    seconds = round(time.time() - start, 1)
-    save(result, y, folder, seconds=seconds, settings=vars(args), environment=env)
-    print(table(summarise(result)))
-    print(f"{seconds:.0f} s; saved in {folder}")
+    asked = {name: getattr(args, name) for name in DECIDE} | {"network": fingerprint(model)}
+    parts = ["eval", args.dataset, *args.model_name.split("/")[-2:], f"n{args.n_ex}"]
+    with processes(device) as share:
+        # The first process chooses the folder; what went wrong there is told in all of them.
+        with parser.blame("--resume" if args.resume else "--save_dir"):
+            folder = from_first(lambda: folder_for(args.save_dir, parts, asked, args.resume))
+        test = data.test.first(args.n_ex)
+        if share[0] == 0:
+            attacked = ", ".join(map(str, threats)) or "no attack"
+            print(
+                f"{args.model_name} on {args.n_ex} test points of {args.dataset}: {attacked}; on {device}", flush=True
+            )
+        start, env = time.time(), environment(device)
+        result = evaluate(
+            model,
+            Points(test.images, test.labels, test.levels),
+            threats,
+            device,
+            Budget(args.attacks, args.n_iter, args.n_restarts, args.n_targets, args.union_only, args.amp == "bf16"),
+            args.batch_size_eval,
+            args.seed,
+            folder,
+            share,
+        )
+        if share[0] == 0:
+            about = {"seconds": round(time.time() - start, 1), "settings": vars(args), "environment": env}
+            content = as_json(result) | about
+            if baseline:
+                content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"])
+            write_json(folder / "eval.json", content)
+            print(table(content["accuracy"]))
+            if baseline:
+                print(difference_table(content["difference_to_baseline"], args.baseline))
+            print(
+                *(f"WARNING: {warning}" for warning in result.warnings), sep="\n", end="\n" if result.warnings else ""
+            )
+            print(f"{about['seconds']:.0f} s; saved in {folder}")
+    return folder
+
+
+def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: bool) -> Path:
+    """A new folder, or to resume the newest one of this name. Raises ValueError if that was made with other settings."""
+    newest = newest_folder(save_dir, parts) if resume else None
+    if newest is None:
+        folder = new_folder(save_dir, parts)
+        write_json(folder / "asked.json", asked)
+        return folder
+    before = read_json(newest / "asked.json")
+    different = [name for name in asked if before.get(name) != asked[name]]
+    if different:
+        raise ValueError(f"{newest} was made with another {', '.join(different)}: give the same, or leave --resume out")
+    return newest
+
+
+def check_baseline(baseline: dict[str, Any], args: Namespace) -> None:
+    """Raises ValueError unless the other evaluation is of the same points."""
+    settings = baseline.get("settings", {})
+    if "outcomes" not in baseline or (settings.get("dataset"), settings.get("n_ex")) != (args.dataset, args.n_ex):
+        raise ValueError(f"{args.baseline} is not an evaluation of {args.n_ex} test points of {args.dataset}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from attacks.apgd import apgd
 from attacks.multinorm import EAT
-from attacks.standard import evaluate, save, summarise
+from attacks.results import Evaluation, as_json, summarise
+from attacks.standard import Budget, Points, evaluate
 from attacks.threat import NORMS, RADII, Threat, threats_for
 from data import DATASETS, Dataset, Split, batches, load_dataset, number_of_batches
 from models import Spec, build_model
@@ -363,26 +364,38 @@ def console_line(record: dict[str, Any], epochs: int) -> str:
 
 def quick_figures(model: nn.Module, data: Dataset, args: Namespace, device: torch.device) -> dict[str, Any]:
     """Accuracy on the first training and test points under APGD-CE with 100 steps (an upper bound)."""
-    threats = threats_for(args.dataset, NORMS, args.eval_eps)
-    figures = {}
-    for name, split in (("train", data.train), ("test", data.test)):
-        x, y = split.first(args.n_ex_eval).pixels()
-        with eval_mode(model), frozen(model):
-            figures[name] = summarise(
-                evaluate(model, x, y, threats, device, quick=True, batch_size=args.batch_size_eval, seed=args.seed)
-            )
-    return figures
+    splits = {"train": data.train, "test": data.test}
+    return {
+        name: summarise(attacked(model, split.first(args.n_ex_eval), args, device, Budget("fast")))
+        for name, split in splits.items()
+    }
 
 
 def final_figures(model: nn.Module, points: Split, args: Namespace, device: torch.device, folder: Path) -> None:
     """The standard evaluation, printed and saved in the run's folder."""
-    x, y = points.pixels()
-    threats = threats_for(args.dataset, NORMS, args.eval_eps)
     start = time.time()
+    content = as_json(attacked(model, points, args, device, Budget(), folder))
+    about = {"seconds": round(time.time() - start, 1), "settings": vars(args), "environment": environment(device)}
+    write_json(folder / "eval.json", content | about)
+    print(table(content["accuracy"]), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
+
+
+def attacked(
+    model: nn.Module, points: Split, args: Namespace, device: torch.device, budget: Budget, folder: Path | None = None
+) -> Evaluation:
+    """An evaluation in the three norms with the radii of --eval_eps."""
+    threats = threats_for(args.dataset, NORMS, args.eval_eps)
     with eval_mode(model), frozen(model):
-        result = evaluate(model, x, y, threats, device, batch_size=args.batch_size_eval, seed=args.seed)
-    save(result, y, folder, seconds=round(time.time() - start, 1), settings=vars(args), environment=environment(device))
-    print(table(summarise(result)))
+        return evaluate(
+            model,
+            Points(points.images, points.labels, points.levels),
+            threats,
+            device,
+            budget,
+            args.batch_size_eval,
+            args.seed,
+            folder,
+        )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
 """APGD: projected gradient ascent whose step size needs no tuning, for Linf and L2 (arXiv 2003.01690) and for L1 (arXiv 2103.01208).
 
-One loop for every norm. The two controllers are the only code that knows a norm: they propose the next point and, at check-points,
-set the step of each example. No operation depends on data, so the attack never makes a GPU wait (a test runs it on `meta`).
+Many runs side by side, a row each. A row's step number is its own, so that evaluation can take finished rows out and put new ones
+in; training keeps all rows in step. The two controllers are the only code that knows a norm: they say where to go, and at
+check-points adapt the step of each row. No operation depends on data, so the attack never makes a GPU wait (a test runs it on `meta`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from attacks.losses import cross_entropy
 from attacks.projections import project
-from attacks.threat import Threat
+from attacks.threat import Norm, Threat
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Stages = Sequence[tuple[float, int]]  # (radius, steps) of each stage of a run
 
 TRAINING_SHARE, EVALUATION_SHARE = 0.05, 0.2  # of the entries that the first L1 step moves
 
@@ -41,132 +43,37 @@ def apgd(
     loss: Loss = cross_entropy,
     delta_init: Tensor | None = None,
     share: float = TRAINING_SHARE,
+    stages: Stages | None = None,
 ) -> Attacked:
     """Points (B, ...) of highest loss in the threat's ball and box, after n_iter steps: n_iter + 1 forward and n_iter backward passes.
 
     x (B, ...) in [0, 1], y (B,). Starts at x, or at the projection of x + delta_init (B, ...). `share` is the part of the entries that
-    the first L1 step moves, where it starts at x. The model should be in eval mode. Raises ValueError for n_iter < 1.
+    the first L1 step moves, where it starts at x. `stages`, if given, replace the radius and n_iter; only the last stage's points count.
+    The model should be in eval mode. Raises ValueError for a stage of no steps.
     """
-    if n_iter < 1:
-        raise ValueError(f"the attack needs at least one step, got {n_iter}")
-    delta = torch.zeros_like(x) if delta_init is None else project(delta_init, x, threat)
-    value, grad, broken = _evaluate(model, x + delta, y, loss, with_grad=True)
-    best_delta, best_value, best_grad = delta, value, grad
-    adv_delta = torch.where(_rows(broken, x), delta, 0)
-    controller = (Sparse if threat.norm == "L1" else Halving)(x, delta, threat, n_iter, value, share)
-    previous = delta
-    for k in range(n_iter):
-        previous, delta = delta, controller.propose(delta, previous, grad, k)
-        last_value = value
-        value, grad, wrong = _evaluate(model, x + delta, y, loss, with_grad=k + 1 < n_iter)
-        broken = broken | wrong
-        adv_delta = torch.where(_rows(wrong, x), delta, adv_delta)
-        better = value > best_value
-        best_value = torch.where(better, value, best_value)
-        best_delta = torch.where(_rows(better, x), delta, best_delta)
-        best_grad = torch.where(_rows(better, x), grad, best_grad)
-        go_back = controller.observe(k, rose=value > last_value, best_value=best_value, best_delta=best_delta)
-        if go_back is not None:
-            delta = torch.where(_rows(go_back, x), best_delta, delta)
-            grad = torch.where(_rows(go_back, x), best_grad, grad)
-            value = torch.where(go_back, best_value, value)
-    return Attacked(x + best_delta, x + adv_delta, broken, best_value)
+    run = APGD(threat.norm, stages or [(threat.eps, n_iter)], share, x.device)
+    rows = run.begin(x, delta_init)
+    broken = torch.zeros_like(y, dtype=torch.bool)
+    x_adv = x
+    for tick in range(run.ticks):
+        x_new = x + rows.delta
+        value, grad, wrong = judge(model, x_new, y, loss, with_grad=tick + 1 < run.ticks)
+        if tick >= run.counts_from:
+            broken = broken | wrong
+            x_adv = torch.where(_rows(wrong, x), x_new, x_adv)
+        run.observe(rows, value, grad)
+        if tick + 1 < run.ticks:
+            run.move(rows)
+    return Attacked(x + rows.best_delta, x_adv, broken, rows.best_value)
 
 
-def apgd_shrinking(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    threat: Threat,
-    n_iter: int = 100,
-    loss: Loss = cross_entropy,
-    delta_init: Tensor | None = None,
-) -> Attacked:
-    """APGD in three stages of radius 3, 2 and 1 eps with 30, 30 and 40 % of the steps, each from the projection of the last one's best.
-
-    How L1 is evaluated (arXiv 2103.01208, section 4). Arguments and result as for `apgd`; only the last stage's points count.
-    Raises ValueError for fewer than 4 steps.
-    """
+def shrinking(eps: float, n_iter: int) -> Stages:
+    """Three stages of radius 3, 2 and 1 eps with 30, 30 and 40 % of the steps: how L1 is evaluated (arXiv 2103.01208, section 4)."""
     first = int(0.3 * n_iter)
-    for factor, steps in ((3, first), (2, first), (1, n_iter - 2 * first)):
-        result = apgd(model, x, y, Threat(threat.norm, factor * threat.eps), steps, loss, delta_init, EVALUATION_SHARE)
-        delta_init = result.x_best - x
-    return result
+    return [(3 * eps, first), (2 * eps, first), (eps, n_iter - 2 * first)]
 
 
-class Halving:
-    """Linf and L2: momentum, and a step from 2 eps that is halved where the loss stopped rising (arXiv 2003.01690, algorithm 1)."""
-
-    def __init__(self, x: Tensor, delta: Tensor, threat: Threat, n_iter: int, value: Tensor, share: float) -> None:
-        self.x, self.threat = x, threat
-        self.step = torch.full_like(value, 2 * threat.eps)
-        self.rises = torch.zeros_like(value)
-        self.halved = torch.ones_like(value, dtype=torch.bool)
-        self.value_at_check = value
-        self.interval = max(int(0.22 * n_iter), 1)
-        self.shorter, self.shortest = max(int(0.03 * n_iter), 1), max(int(0.06 * n_iter), 1)
-        self.next_check = self.interval
-
-    def propose(self, delta: Tensor, previous: Tensor, grad: Tensor, k: int) -> Tensor:
-        z = project(delta + _rows(self.step, delta) * self._steepest(grad), self.x, self.threat)
-        if k == 0:
-            return z
-        return project(delta + 0.75 * (z - delta) + 0.25 * (delta - previous), self.x, self.threat)
-
-    def observe(self, k: int, rose: Tensor, best_value: Tensor, best_delta: Tensor) -> Tensor | None:
-        self.rises = self.rises + rose
-        if k + 1 != self.next_check:
-            return None
-        stuck = ~self.halved & (best_value <= self.value_at_check)
-        self.halved = (self.rises <= 0.75 * self.interval) | stuck
-        self.step = torch.where(self.halved, self.step / 2, self.step)
-        self.value_at_check = best_value
-        self.rises = torch.zeros_like(self.rises)
-        self.interval = max(self.interval - self.shorter, self.shortest)
-        self.next_check += self.interval
-        return self.halved
-
-    def _steepest(self, grad: Tensor) -> Tensor:
-        if self.threat.norm == "Linf":
-            return grad.sign()
-        tiny = torch.finfo(grad.dtype).tiny
-        # Scaled first: the squares of a saturated network's gradients underflow.
-        scaled = grad / _rows(grad.flatten(1).abs().amax(1).clamp(min=tiny), grad)
-        return scaled / _rows(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
-
-
-class Sparse:
-    """L1: steps that move few entries, as many as the best point's sparsity suggests (arXiv 2103.01208, algorithm 1)."""
-
-    def __init__(self, x: Tensor, delta: Tensor, threat: Threat, n_iter: int, value: Tensor, share: float) -> None:
-        self.x, self.threat = x, threat
-        self.every = max(int(0.04 * n_iter), 1)
-        self.step = torch.full_like(value, threat.eps)
-        n = x[0].numel()
-        nonzeros = _nonzeros(delta).to(value.dtype)
-        started_at_x = nonzeros == 0
-        self.nonzeros = torch.where(started_at_x, n, nonzeros)
-        self.keep = torch.where(started_at_x, share * n, nonzeros / 1.5)
-
-    def propose(self, delta: Tensor, previous: Tensor, grad: Tensor, k: int) -> Tensor:
-        size = grad.flatten(1).abs()
-        rank = self.keep.ceil().long().clamp(1, size.shape[1]) - 1
-        threshold = size.sort(dim=1, descending=True).values.gather(1, rank[:, None])
-        direction = torch.where(size >= threshold, grad.flatten(1).sign(), 0)
-        direction = direction / direction.abs().sum(1, keepdim=True).clamp(min=1)
-        return project(delta + _rows(self.step, delta) * direction.view(delta.shape), self.x, self.threat)
-
-    def observe(self, k: int, rose: Tensor, best_value: Tensor, best_delta: Tensor) -> Tensor | None:
-        if (k + 1) % self.every:
-            return None
-        nonzeros = _nonzeros(best_delta).to(self.step.dtype)
-        sparser = nonzeros < 0.95 * self.nonzeros
-        self.step = torch.where(sparser, self.threat.eps, (self.step / 1.5).clamp(min=self.threat.eps / 10))
-        self.nonzeros, self.keep = nonzeros, nonzeros / 1.5
-        return sparser
-
-
-def _evaluate(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def judge(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (B,), its gradient (B, ...) or zeros, and which are misclassified (B,). Parameters get no gradient."""
     with torch.set_grad_enabled(with_grad):
         x_adv = x_adv.detach().requires_grad_(with_grad)
@@ -177,10 +84,175 @@ def _evaluate(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: boo
     return values.detach(), grad, logits.detach().argmax(1) != y
 
 
+@dataclass
+class Rows:
+    """Where B runs are. The radius and what happens at a tick are in APGD's tables, common to all."""
+
+    x: Tensor  # (B, ...) the clean images
+    delta: Tensor  # (B, ...) the point that the network judges next, minus x
+    previous: Tensor  # (B, ...) the point before it
+    grad: Tensor  # (B, ...) at the point judged last
+    value: Tensor  # (B,) loss there
+    best_delta: Tensor  # (B, ...) the point of highest loss in this stage
+    best_grad: Tensor  # (B, ...)
+    best_value: Tensor  # (B,)
+    tick: Tensor  # (B,) int64: how many points of this run were judged
+    step: Tensor  # (B,) the step size
+    rises: Tensor  # (B,) Halving: steps since the check-point that raised the loss
+    halved: Tensor  # (B,) bool, Halving: the step was halved at the last check-point
+    value_at_check: Tensor  # (B,) Halving: best loss at the last check-point
+    nonzeros: Tensor  # (B,) Sparse: entries of best_delta that are not 0, at the last check-point
+    keep: Tensor  # (B,) Sparse: how many entries a step moves
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def pick(self, index: Tensor) -> Rows:
+        """The rows `index` (positions or bool)."""
+        return Rows(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def join(self, other: Rows) -> Rows:
+        """These rows, then the other's."""
+        return Rows(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
+
+
+class APGD:
+    """One kind of run: a norm and stages (radius, steps), each from the projection of the last one's best point.
+
+    A run judges `ticks` points: for each stage its start and one a step. Points from tick `counts_from` on are in the last radius.
+    Raises ValueError for a stage of no steps.
+    """
+
+    def __init__(self, norm: Norm, stages: Stages, share: float, device: torch.device) -> None:
+        if min(steps for _, steps in stages) < 1:
+            raise ValueError(f"each stage of the attack needs at least one step, got {[n for _, n in stages]}")
+        controller = (Sparse if norm == "L1" else Halving)(norm, share)
+        eps, starts, interval = [], [], []
+        for radius, steps in stages:
+            eps += [radius] * (steps + 1)
+            starts += [True] + [False] * steps
+            interval += [0, *controller.check_points(steps)]
+        self.norm, self.controller, self.ticks = norm, controller, len(eps)
+        self.counts_from = len(eps) - stages[-1][1] - 1
+        # One entry a tick: radius; is it a stage's start; steps since the last check-point if it is one, else 0.
+        self.eps, self.starts, self.interval = (torch.tensor(table, device=device) for table in (eps, starts, interval))
+
+    def begin(self, x: Tensor, delta_init: Tensor | None = None) -> Rows:
+        """Rows about to judge their first point: x (B, ...), or the projection of x + delta_init."""
+        zero = x.new_zeros(len(x))
+        start = torch.zeros_like(x) if delta_init is None else project(delta_init, x, self.norm, zero + self.eps[0])
+        ticks = torch.zeros_like(zero, dtype=torch.int64)
+        images = start, start, torch.zeros_like(x)
+        best = start, torch.zeros_like(x), zero
+        return Rows(
+            x, *images, zero, *best, ticks, zero, zero, torch.zeros_like(zero, dtype=torch.bool), zero, zero, zero
+        )
+
+    def observe(self, rows: Rows, value: Tensor, grad: Tensor) -> None:
+        """Take the loss (B,) and gradient (B, ...) at rows.delta; adapt steps, and go back to the best point, at check-points."""
+        starts = self.starts[rows.tick]
+        rose = (value > rows.value) & ~starts
+        better = (value > rows.best_value) | starts
+        rows.best_value = torch.where(better, value, rows.best_value)
+        rows.best_delta = torch.where(_rows(better, grad), rows.delta, rows.best_delta)
+        rows.best_grad = torch.where(_rows(better, grad), grad, rows.best_grad)
+        back = self.controller.adapt(rows, rose, starts, self.interval[rows.tick], self.eps[rows.tick])
+        rows.delta = torch.where(_rows(back, grad), rows.best_delta, rows.delta)
+        rows.grad = torch.where(_rows(back, grad), rows.best_grad, grad)
+        rows.value = torch.where(back, rows.best_value, value)
+        rows.tick = rows.tick + 1
+
+    def move(self, rows: Rows) -> None:
+        """To the point that the network judges next: a step on, or the start of the next stage."""
+        eps, starts = self.eps[rows.tick], self.starts[rows.tick]
+        step = rows.delta + _rows(rows.step, rows.x) * self.controller.direction(rows)
+        new = project(torch.where(_rows(starts, rows.x), rows.best_delta, step), rows.x, self.norm, eps)
+        if self.controller.momentum:
+            # None in a stage's first step, where there is no step before.
+            alone = starts | self.starts[rows.tick - 1]
+            blend = (
+                0.75 * new + 0.5 * rows.delta - 0.25 * rows.previous
+            )  # 0.75 (z - delta) + 0.25 (delta - previous), from delta
+            new = torch.where(_rows(alone, rows.x), new, project(blend, rows.x, self.norm, eps))
+        rows.previous, rows.delta = rows.delta, new
+
+
+class Halving:
+    """Linf and L2: momentum, and a step from 2 eps that is halved where the loss stopped rising (arXiv 2003.01690, algorithm 1)."""
+
+    momentum = True
+
+    def __init__(self, norm: Norm, share: float) -> None:
+        self.norm = norm
+
+    def check_points(self, n_iter: int) -> list[int]:
+        """For each step the number of steps since the last check-point where it is one, else 0."""
+        interval, shorter, shortest = (max(int(part * n_iter), 1) for part in (0.22, 0.03, 0.06))
+        checks, since = [], 0
+        for _ in range(n_iter):
+            since += 1
+            checks.append(since if since == interval else 0)
+            if since == interval:
+                interval, since = max(interval - shorter, shortest), 0
+        return checks
+
+    def direction(self, rows: Rows) -> Tensor:
+        """Of steepest ascent, length 1 in the norm."""
+        if self.norm == "Linf":
+            return rows.grad.sign()
+        tiny = torch.finfo(rows.grad.dtype).tiny
+        # Scaled first: the squares of a saturated network's gradients underflow.
+        scaled = rows.grad / _rows(rows.grad.flatten(1).abs().amax(1).clamp(min=tiny), rows.grad)
+        return scaled / _rows(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
+
+    def adapt(self, rows: Rows, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+        """Set the step where a stage starts, halve it where a check-point says so: there, and (B,) bool, go back."""
+        rises = rows.rises + rose
+        stuck = ~rows.halved & (rows.best_value <= rows.value_at_check)
+        check = interval > 0
+        halve = check & ((rises <= 0.75 * interval) | stuck)
+        rows.step = torch.where(starts, 2 * eps, torch.where(halve, rows.step / 2, rows.step))
+        rows.halved = torch.where(check, halve, rows.halved | starts)
+        rows.value_at_check = torch.where(check | starts, rows.best_value, rows.value_at_check)
+        rows.rises = torch.where(check | starts, 0, rises)
+        return halve
+
+
+class Sparse:
+    """L1: steps that move few entries, as many as the best point's sparsity suggests (arXiv 2103.01208, algorithm 1)."""
+
+    momentum = False
+
+    def __init__(self, norm: Norm, share: float) -> None:
+        self.share = share
+
+    def check_points(self, n_iter: int) -> list[int]:
+        """For each step the number of steps since the last check-point where it is one, else 0."""
+        every = max(int(0.04 * n_iter), 1)
+        return [0 if (k + 1) % every else every for k in range(n_iter)]
+
+    def direction(self, rows: Rows) -> Tensor:
+        """The signs of the largest entries of the gradient, length 1 in L1."""
+        size = rows.grad.flatten(1).abs()
+        rank = rows.keep.ceil().long().clamp(1, size.shape[1]) - 1
+        threshold = size.sort(dim=1, descending=True).values.gather(1, rank[:, None])
+        signs = torch.where(size >= threshold, rows.grad.flatten(1).sign(), 0)
+        return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view(rows.grad.shape)
+
+    def adapt(self, rows: Rows, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+        """At a check-point start anew (eps, from the best point: there True, (B,)) where that became sparser, else a smaller step."""
+        check = interval > 0
+        nonzeros = (rows.best_delta != 0).flatten(1).sum(1).to(rows.step.dtype)
+        n = rows.x[0].numel()
+        sparser = check & (nonzeros < 0.95 * rows.nonzeros)
+        at_x = starts & (nonzeros == 0)
+        smaller = torch.maximum(rows.step / 1.5, eps / 10)
+        rows.step = torch.where(starts | sparser, eps, torch.where(check, smaller, rows.step))
+        rows.keep = torch.where(at_x, self.share * n, torch.where(check | starts, nonzeros / 1.5, rows.keep))
+        rows.nonzeros = torch.where(at_x, n, torch.where(check | starts, nonzeros, rows.nonzeros))
+        return sparser
+
+
 def _rows(per_example: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ..., 1), to meet `like` (B, ...)."""
     return per_example.view(-1, *[1] * (like.dim() - 1))
-
-
-def _nonzeros(delta: Tensor) -> Tensor:
-    return (delta != 0).flatten(1).sum(1)

@@ -1,6 +1,7 @@
 """Exact Euclidean projections on {||delta||_p <= eps} and {x + delta in [0, 1]}; no branch depends on data, so no GPU waits.
 
-Every function takes delta (B, ...) and x (B, ...) of one shape, x in [0, 1], and gives the nearest allowed delta.
+Every function takes delta (B, ...) and x (B, ...) of one shape, x in [0, 1], and a radius for each example,
+and gives the nearest allowed delta.
 """
 
 from __future__ import annotations
@@ -8,27 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attacks.threat import Threat
+from attacks.threat import Norm
 
 
-def project(delta: Tensor, x: Tensor, threat: Threat) -> Tensor:
-    """Nearest point to delta (B, ...) in the threat's ball with x + delta in [0, 1]."""
-    match threat.norm:
+def project(delta: Tensor, x: Tensor, norm: Norm, eps: Tensor) -> Tensor:
+    """Nearest point to delta (B, ...) in the norm's ball of radius eps (B,) with x + delta in [0, 1]."""
+    match norm:
         case "Linf":
-            return project_linf(delta, x, threat.eps)
+            return project_linf(delta, x, eps)
         case "L2":
-            return project_l2(delta, x, threat.eps)
+            return project_l2(delta, x, eps)
         case "L1":
-            return project_l1(delta, x, threat.eps)
+            return project_l1(delta, x, eps)
 
 
-def project_linf(delta: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Nearest point to delta (B, ...) with |delta_i| <= eps and x + delta in [0, 1]."""
-    return torch.minimum(torch.maximum(delta.clamp(-eps, eps), -x), 1 - x)
+def project_linf(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """Nearest point to delta (B, ...) with |delta_i| <= eps (B,) and x + delta in [0, 1]."""
+    eps = eps.view(-1, *[1] * (x.dim() - 1))
+    return torch.minimum(torch.maximum(delta, (-x).clamp(min=-eps)), (1 - x).clamp(max=eps))
 
 
-def project_l2(delta: Tensor, x: Tensor, eps: float, n_steps: int = 10) -> Tensor:
-    """Nearest point to delta (B, ...) with L2 norm <= eps and x + delta in [0, 1].
+def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 10) -> Tensor:
+    """Nearest point to delta (B, ...) with L2 norm <= eps (B,) and x + delta in [0, 1].
 
     It is sign(delta) * min(s |delta|, room) for the largest s <= 1 that meets the radius. Each step solves for s with the entries
     that now touch the box held there; s only grows, so every step stays in the ball and the answer is exact once that set is.
@@ -40,7 +42,7 @@ def project_l2(delta: Tensor, x: Tensor, eps: float, n_steps: int = 10) -> Tenso
     shrink = torch.zeros_like(scale)
     for _ in range(n_steps):
         touching = unit * shrink >= room
-        left = (eps**2 - torch.where(touching, room, 0).square().sum(1, keepdim=True)).clamp(min=0)
+        left = (eps[:, None] ** 2 - torch.where(touching, room, 0).square().sum(1, keepdim=True)).clamp(min=0)
         free = torch.where(touching, 0, unit).square().sum(1, keepdim=True)
         shrink = torch.maximum(
             shrink, torch.minimum((left / free).sqrt().nan_to_num(posinf=torch.finfo(size.dtype).max), scale)
@@ -48,19 +50,19 @@ def project_l2(delta: Tensor, x: Tensor, eps: float, n_steps: int = 10) -> Tenso
     return delta.sign() * torch.minimum(unit * shrink, room).view(delta.shape)
 
 
-def project_l1(delta: Tensor, x: Tensor, eps: float, n_steps: int = 30) -> Tensor:
-    """Nearest point to delta (B, ...) with L1 norm <= eps and x + delta in [0, 1] (arXiv 2103.01208, section 3).
+def project_l1(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 30) -> Tensor:
+    """Nearest point to delta (B, ...) with L1 norm <= eps (B,) and x + delta in [0, 1] (arXiv 2103.01208, section 3).
 
     It is sign(delta) * min(max(|delta| - t, 0), room) for the smallest t >= 0 that meets the radius, found by bisection up to
     2**-n_steps of the largest entry. (Newton's method was faster but missed the right piece on heavy-tailed deltas: docs/LOG.md.)
     """
     size, room = _size_and_room(delta, x)
-    fits = torch.minimum(size, room).sum(1, keepdim=True) <= eps
+    fits = torch.minimum(size, room).sum(1, keepdim=True) <= eps[:, None]
     low = torch.zeros_like(size[:, :1])
     high = torch.where(fits, 0, size.amax(1, keepdim=True))
     for _ in range(n_steps):
         t = (low + high) / 2
-        outside = torch.minimum((size - t).clamp_(min=0), room).sum(1, keepdim=True) > eps
+        outside = torch.minimum((size - t).clamp_(min=0), room).sum(1, keepdim=True) > eps[:, None]
         low, high = torch.where(outside, t, low), torch.where(outside, high, t)
     return delta.sign() * torch.minimum((size - high).clamp(min=0), room).view(delta.shape)
 

@@ -7,7 +7,6 @@ normalisation. The state-dict names are those of the published checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable
-
 from typing import Any
 
 import torch

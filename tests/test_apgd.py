@@ -10,11 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.apgd import EVALUATION_SHARE, Attacked, Halving, apgd, apgd_shrinking
+from attacks.apgd import APGD, EVALUATION_SHARE, Attacked, Halving, Rows, apgd, judge, shrinking
 from attacks.losses import cross_entropy, dlr, margin_targeted
 from attacks.projections import project
 from attacks.threat import NORMS, Norm, Threat
 from models.preact_resnet import PreActResNet18
+
+
+def apgd_shrinking(  # how evaluation runs L1, here for every norm
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    n_iter: int = 100,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    delta_init: Tensor | None = None,
+) -> Attacked:
+    return apgd(model, x, y, threat, 0, loss, delta_init, EVALUATION_SHARE, shrinking(threat.eps, n_iter))
+
 
 Attack = Callable[..., Attacked]
 ATTACKS = [(apgd, norm) for norm in NORMS] + [(apgd_shrinking, norm) for norm in NORMS]
@@ -187,7 +200,7 @@ def test_promises_of_the_result(attack: Attack, norm: Norm, start: str, n_iter: 
         misclassified_best = model(result.x_best).argmax(1) != y
         wrong_at_first = model(x).argmax(1) != y
         if attack is apgd:
-            first = x if delta is None else x + project(delta, x, threat)
+            first = x if delta is None else x + project(delta, x, norm, torch.full((ROWS,), threat.eps))
             assert bool((result.loss >= cross_entropy(model(first), y) - 1e-6).all())
     assert bool(result.broken[misclassified_best].all())
     assert torch.equal(result.x_adv[~result.broken], x[~result.broken])
@@ -231,18 +244,62 @@ def test_number_of_passes(norm: Norm, n_iter: int) -> None:
 
 
 @pytest.mark.parametrize(("n_iter", "stages"), [(100, (30, 30, 40)), (10, (3, 3, 4)), (4, (1, 1, 2)), (5, (1, 1, 3))])
-def test_shrinking_has_three_stages(monkeypatch: pytest.MonkeyPatch, n_iter: int, stages: tuple[int, ...]) -> None:
+def test_shrinking_has_three_stages(n_iter: int, stages: tuple[int, ...]) -> None:
     counter, (x, y) = Counter(Linear()), points()
-    met: list[tuple[float, int]] = []
-
-    def recorded(model: object, x: Tensor, y: Tensor, threat: Threat, n_iter: int, *rest: object) -> Attacked:
-        met.append((threat.eps, n_iter))
-        return apgd(model, x, y, threat, n_iter, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("attacks.apgd.apgd", recorded)
+    assert shrinking(4.0, n_iter) == list(zip((12.0, 8.0, 4.0), stages, strict=True))
     apgd_shrinking(counter, x, y, Threat("L1", 4.0), n_iter)
-    assert met == list(zip((12.0, 8.0, 4.0), stages, strict=True))
-    assert (counter.forwards, counter.backwards) == (n_iter + 3, n_iter)
+    # Three starts; the gradient at a stage's last point is not needed, but only the run's last is left out.
+    assert (counter.forwards, counter.backwards) == (n_iter + 3, n_iter + 2)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_stages_are_runs_in_turn(norm: Norm) -> None:
+    """A stage is a run of its own from the projection of the best point before; only the last one's points count."""
+    model, (x, y) = convolutions().double(), points(classes=5)
+    x = x.double()  # the rounding of x_best - x would grow
+    delta = RADII[norm] * torch.randn(x.shape, generator=generator(5))
+    stages = [(2 * RADII[norm], 6), (RADII[norm], 11)]
+    together = apgd(model, x, y, Threat(norm, RADII[norm]), delta_init=delta, share=0.2, stages=stages)
+    first = apgd(model, x, y, Threat(norm, stages[0][0]), 6, delta_init=delta, share=0.2)
+    second = apgd(model, x, y, Threat(norm, stages[1][0]), 11, delta_init=first.x_best - x, share=0.2)
+    for name in ("x_best", "x_adv", "loss"):
+        torch.testing.assert_close(getattr(together, name), getattr(second, name), rtol=1e-4, atol=1e-5)
+    assert torch.equal(together.broken, second.broken)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_rows_out_of_step_go_the_same_way(norm: Norm) -> None:
+    """Rows that join late and leave early, as in evaluation, see the points that they would see alone."""
+    model, (x, y) = convolutions(), points(classes=5)
+    run = APGD(norm, [(2 * RADII[norm], 4), (RADII[norm], 9)], 0.2, x.device)
+    seen: list[list[Tensor]] = [[] for _ in range(ROWS)]
+
+    def turn(rows: Rows, who: Tensor) -> None:
+        for i, image in zip(who.tolist(), rows.x + rows.delta, strict=True):
+            seen[i].append(image)
+        run.observe(rows, *judge(model, rows.x + rows.delta, y[who], cross_entropy, with_grad=True)[:2])
+
+    who = torch.arange(ROWS // 2)
+    rows = run.begin(x[who])
+    for tick in range(2 * run.ticks):
+        turn(rows, who)
+        going = rows.tick < run.ticks
+        rows, who = rows.pick(going), who[going]
+        if not len(who) and tick > 5:
+            break
+        run.move(rows)
+        if tick == 5:
+            late = torch.arange(ROWS // 2, ROWS)
+            rows, who = rows.join(run.begin(x[late])), torch.cat([who, late])
+    for half in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS)):
+        rows = run.begin(x[half])
+        for tick in range(run.ticks):
+            expected = torch.stack([seen[i][tick] for i in range(ROWS)[half]])
+            torch.testing.assert_close(rows.x + rows.delta, expected, rtol=1e-4, atol=1e-5)
+            run.observe(rows, *judge(model, rows.x + rows.delta, y[half], cross_entropy, with_grad=True)[:2])
+            if tick + 1 < run.ticks:
+                run.move(rows)
+    assert {len(images) for images in seen} == {run.ticks}
 
 
 @pytest.mark.parametrize("n_iter", [0, -1])
@@ -307,23 +364,24 @@ def test_runs_on_meta_so_it_never_waits_for_data(attack: Attack, norm: Norm) -> 
     ],
 )
 def test_check_points(n_iter: int, expected: list[int]) -> None:
-    x = torch.zeros(1, 4)
-    value = torch.zeros(1)
-    halving = Halving(x, x, Threat("Linf", 0.1), n_iter, value, 0.05)
-    never = torch.zeros(1, dtype=torch.bool)
-    checks = [k + 1 for k in range(n_iter) if halving.observe(k, never, value, x) is not None]
-    assert checks == expected
+    intervals = Halving("Linf", 0.05).check_points(n_iter)
+    assert [k + 1 for k, interval in enumerate(intervals) if interval] == expected
+    assert torch.tensor(intervals).cumsum(0)[torch.tensor(expected) - 1].tolist() == expected
 
 
 @pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False), (22, False), (0, True)])
 def test_step_is_halved_at_no_more_than_three_quarters_rises(rises: int, halved: bool) -> None:
-    x, value = torch.zeros(1, 4), torch.zeros(1)
-    halving = Halving(x, x, Threat("Linf", 0.1), 100, value, 0.05)
+    """The first check-point of 100 steps comes after 22, 75 % of which are 16.5."""
+    run = APGD("Linf", [(0.1, 100)], 0.05, torch.device("cpu"))
+    rows = run.begin(torch.full((1, 4), 0.5))
+    value = torch.zeros(1)
+    run.observe(rows, value, torch.ones(1, 4))
     for k in range(22):
-        go_back = halving.observe(k, torch.tensor([k < rises]), value + 1, x)
-    assert go_back is not None
-    assert go_back.tolist() == [halved]
-    assert halving.step.tolist() == pytest.approx([0.1 if halved else 0.2])
+        run.move(rows)
+        value = value + 1 if k < rises else value - 0.01
+        run.observe(rows, value, torch.ones(1, 4))
+    assert rows.halved.tolist() == [halved]
+    assert rows.step.tolist() == pytest.approx([0.1 if halved else 0.2])
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-35])

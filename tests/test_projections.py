@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacks.projections import project
+from attacks import projections
 from attacks.threat import NORMS, Norm, Threat
 
 ROWS = 3
@@ -21,6 +21,11 @@ CASES = {
     "seed": st.integers(0, 2**31),
 }
 EXHAUSTIVE = settings(deadline=None, database=None, max_examples=100, derandomize=True)
+
+
+def project(delta: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """With one radius for all rows."""
+    return projections.project(delta, x, threat.norm, torch.full((len(x),), threat.eps))
 
 
 def draw(n: int, scale: float, heavy: bool, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -140,3 +145,12 @@ def test_huge_steps_stay_finite_and_allowed(norm: Norm, huge: float) -> None:
     found = project(huge * delta, x, Threat(norm, 0.5))
     assert bool(found.isfinite().all())
     assert bool(Threat(norm, 0.5).contains(x, x + found).all())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_each_row_has_its_own_radius(norm: Norm) -> None:
+    delta, x, _ = draw(200, 1.0, False, 0)
+    eps = torch.tensor([0.01, 0.5, 3.0])
+    together = projections.project(delta, x, norm, eps)
+    alone = [project(delta[i : i + 1], x[i : i + 1], Threat(norm, float(eps[i]))) for i in range(ROWS)]
+    torch.testing.assert_close(together, torch.cat(alone))

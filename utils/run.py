@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from utils.checkpoint import save_whole
 
 PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "gdown", "scikit-learn", "tqdm")
 
 
 def new_folder(parent: str, parts: list[str]) -> Path:
-    """Make parent/NAME, NAME of the non-empty parts in portable letters; -2, -3, ... behind it if there is one. Raises OSError."""
-    name = "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts if part)[:180]
+    """Make parent/NAME, or with -2, -3, ... behind it if there is one. Raises OSError."""
+    name = folder_name(parts)
     Path(parent).mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = Path(parent) / (name if number == 1 else f"{name}-{number}")
@@ -33,6 +30,22 @@ def new_folder(parent: str, parts: list[str]) -> Path:
             continue
         return folder
     raise AssertionError
+
+
+def newest_folder(parent: str, parts: list[str]) -> Path | None:
+    """The folder that new_folder made last with these arguments; None if there is none."""
+    newest, name = None, folder_name(parts)
+    for number in count(1):
+        folder = Path(parent) / (name if number == 1 else f"{name}-{number}")
+        if not folder.is_dir():
+            return newest
+        newest = folder
+    raise AssertionError
+
+
+def folder_name(parts: list[str]) -> str:
+    """The non-empty parts in portable letters."""
+    return "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts if part)[:180]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -52,8 +65,22 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Indented JSON with a last newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """JSON with a line for each value, lists of numbers on one line; whole or not at all."""
+    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(content, indent=2))
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n")
+    part.replace(path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """An object from a file of JSON. Raises ValueError or OSError."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
@@ -62,19 +89,21 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def save_images(folder: Path, threat_name: str, x_adv: Tensor, y: Tensor, robust: Tensor) -> Path:
-    """Adversarial images (N, ...) of one threat model, named by it, with labels and which points stand (there the image is clean)."""
-    path = folder / f"adv_{threat_name.replace(' ', '_')}.pth"
-    save_whole({"x_adv": x_adv, "y": y, "robust": robust}, path)
-    return path
-
-
 def table(rows: dict[str, dict[str, float]], title: str = "") -> str:
     """Accuracy, 95 % interval and number of points, a line each."""
     lines = [f"{title:<28}accuracy   95 % interval   points"]
     lines += [
         f"  {name:<26}{r['accuracy']:7.2f} %  [{r['low']:5.1f}, {r['high']:5.1f}]   {r['points']:6d}"
         for name, r in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
+    """Paired differences in points of per cent with their 95 % intervals, a line each."""
+    lines = [f"difference to {other}, the same points, with 95 % interval"]
+    lines += [
+        f"  {name:<26}{r['difference']:+7.2f}     [{r['low']:+6.1f}, {r['high']:+6.1f}]" for name, r in rows.items()
     ]
     return "\n".join(lines)
 

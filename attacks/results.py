@@ -1,0 +1,168 @@
+"""What an evaluation found: outcomes per point, accuracies with intervals, differences between two evaluations of the same points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks.threat import Norm, Threat
+
+RESTARTS: dict[Norm, tuple[int, int]] = {"Linf": (1, 9), "L2": (1, 9), "L1": (5, 5)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of an attack on a point: on the cross-entropy (CE), towards the `number`-th most likely other class (T), FAB-T or Square."""
+
+    kind: str
+    number: int = 0  # of the restart, from 0, or of the target, from 1
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "CE":
+                return f"APGD-CE restart {self.number + 1}"
+            case "T":
+                return f"APGD-T target {self.number}"
+        return self.kind
+
+
+def runs_for(
+    attacks: str, norm: Norm, num_classes: int, n_restarts: int | None = None, n_targets: int | None = None
+) -> list[Run]:
+    """The runs on each point that stands, in turn.
+
+    standard: APGD-CE and APGD-T, 10 in all, 1 restart + 9 targets for Linf and L2, 5 + 5 for L1 (arXiv 2105.12508, section 5);
+    fast: one APGD-CE; autoattack: standard, then FAB-T and Square. n_restarts and n_targets change the numbers; there are at most
+    num_classes - 1 targets.
+    """
+    restarts, targets = (1, 0) if attacks == "fast" else RESTARTS[norm]
+    restarts = restarts if n_restarts is None else n_restarts
+    targets = min(targets if n_targets is None else n_targets, num_classes - 1)
+    more = [Run("FAB-T"), Run("Square")] if attacks == "autoattack" else []
+    return [Run("CE", r) for r in range(restarts)] + [Run("T", t + 1) for t in range(targets)] + more
+
+
+@dataclass
+class Tally:
+    """What R runs in one threat model did to N points."""
+
+    runs: list[Run]
+    passes: Tensor  # (N, R) int32: forward passes that the run spent on the point; 0: it was not attacked
+    broken_by: Tensor  # (N,) int64: number of the run that broke it; -1: none did
+
+    @property
+    def broken(self) -> Tensor:
+        """(N,) bool."""
+        return self.broken_by >= 0
+
+    def next_run(self, point: int) -> int:
+        """Number of the first run that was not made on the point."""
+        return int((self.passes[point] > 0).sum())
+
+
+@dataclass
+class Evaluation:
+    """What stands, for each of N points."""
+
+    clean: Tensor  # (N,) bool: right without an attack
+    tallies: dict[Threat, Tally] = field(default_factory=dict)
+    union_only: bool = False  # points broken in one norm were not attacked in others: only clean and union are known
+    warnings: list[str] = field(default_factory=list)  # why the figures should not be believed
+
+    def robust(self, threat: Threat) -> Tensor:
+        """(N,) bool: right, and no attack in this threat model broke it."""
+        return self.clean & ~self.tallies[threat].broken
+
+    @property
+    def union(self) -> Tensor:
+        """(N,) bool: right, and broken under no norm."""
+        return torch.stack([self.clean, *(self.robust(threat) for threat in self.tallies)]).all(0)
+
+    def outcomes(self) -> dict[str, Tensor]:
+        """Per point (N,), in [0, 1]: clean, each norm, average over the norms, union; without the norms if union_only."""
+        rows = {"clean": self.clean}
+        if not self.tallies:
+            return rows
+        if self.union_only:
+            return rows | {"union": self.union}
+        norms = {threat.norm: self.robust(threat) for threat in self.tallies}
+        average = torch.stack([robust.float() for robust in norms.values()]).mean(0)
+        return rows | norms | {"average": average, "union": self.union}
+
+
+def summarise(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """For each outcome accuracy and 95 % interval in per cent, and the number of points.
+
+    Wilson's interval for shares, the normal one for the average.
+    """
+    from scipy.stats import binomtest
+
+    rows: dict[str, dict[str, float]] = {}
+    for name, outcome in evaluation.outcomes().items():
+        values = outcome.double().numpy()
+        n = len(values)
+        if name == "average":
+            half = 1.96 * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else 1.0
+            low, high = max(values.mean() - half, 0.0), min(values.mean() + half, 1.0)
+        else:
+            interval = binomtest(int(values.sum()), n).proportion_ci(method="wilson")
+            low, high = interval.low, interval.high
+        accuracy, low, high = (round(100 * float(share), 2) for share in (values.mean(), low, high))
+        rows[name] = {"accuracy": accuracy, "low": low, "high": high, "points": n}
+    return rows
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """eval.json's part that the attacks know (docs/evaluation.md says what each field is)."""
+    norms = {}
+    for threat, tally in evaluation.tallies.items():
+        spent = tally.passes.sum(0).tolist()
+        norms[threat.norm] = {
+            "eps": threat.eps,
+            "runs": [
+                {
+                    "name": str(run),
+                    "attacked": int((tally.passes[:, r] > 0).sum()),
+                    "broken": int((tally.broken_by == r).sum()),
+                    "forward_passes": spent[r],
+                }
+                for r, run in enumerate(tally.runs)
+            ],
+            "broken_by_run": [None if r < 0 else r for r in tally.broken_by.tolist()],
+            "forward_passes": tally.passes.sum(1).tolist(),
+        }
+    outcomes = {name: values for name, values in evaluation.outcomes().items() if name != "average"}
+    return {
+        "accuracy": summarise(evaluation),
+        "warnings": evaluation.warnings,
+        "norms": norms,
+        "outcomes": {name: values.int().tolist() for name, values in outcomes.items()},
+    }
+
+
+def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+    """Differences of two evaluations' outcomes, 0 or 1 a point: ours minus theirs and the 95 % interval, in points of per cent.
+
+    The interval is the normal one of the mean of the differences. Raises ValueError if the points differ in number.
+    """
+    rows = {}
+    for name in ours:
+        if name not in theirs:
+            continue
+        if len(ours[name]) != len(theirs[name]):
+            raise ValueError(
+                f"it has {len(theirs[name])} points, this evaluation {len(ours[name])}: a paired difference needs the same"
+            )
+        difference = np.array(ours[name], float) - np.array(theirs[name], float)
+        n = len(difference)
+        half = 1.96 * float(np.std(difference, ddof=1)) / n**0.5 if n > 1 else 1.0
+        mean = float(difference.mean())
+        rows[name] = {
+            key: round(100 * value, 2)
+            for key, value in (("difference", mean), ("low", mean - half), ("high", mean + half))
+        }
+    return rows
