@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.run import made_folder
 from utils.training import generator
 
 DATASETS = ("cifar10", "digits")
@@ -142,13 +143,9 @@ def _download_cifar10(data_dir: Path, how: str) -> None:
     """Download into a folder beside, and move it in place when whole: a failure leaves nothing behind."""
     from torchvision.datasets import CIFAR10
 
-    missing = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir) as part:
+        with made_folder(data_dir), tempfile.TemporaryDirectory(dir=data_dir) as part:
             CIFAR10(part, download=True)
             shutil.move(Path(part) / CIFAR10.base_folder, data_dir / CIFAR10.base_folder)
     except (OSError, RuntimeError) as error:
-        if missing:
-            shutil.rmtree(missing[-1], ignore_errors=True)
         raise ValueError(f"CIFAR-10 is not in {data_dir} and could not be downloaded: {how}") from error

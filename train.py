@@ -31,7 +31,7 @@ from attacks.threat import NORMS, RADII, Threat, threats_for
 from data import DATASETS, Dataset, Split, batches, load_dataset, number_of_batches
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS
-from models.pretrained import check_fits, load_model
+from models.pretrained import check_fits, check_one_point, load_model
 from utils.checkpoint import save_whole
 from utils.cli import (
     Parser,
@@ -46,7 +46,7 @@ from utils.cli import (
 )
 from utils.run import append_json_line, environment, new_folder, table, write_json
 from utils.schedules import lr_schedule
-from utils.training import choose_device, eval_mode, frozen, generator, parameter_groups, set_lr
+from utils.training import Meter, choose_device, console_line, eval_mode, frozen, generator, parameter_groups, set_lr
 
 
 def make_parser() -> Parser:
@@ -130,7 +130,7 @@ def make_parser() -> Parser:
         "--eval_freq",
         type=natural_int,
         default=0,
-        help="every so many epochs APGD-CE, 100 steps, in Linf, L2, L1; 0: never (%(default)s)",
+        help="every so many epochs, and after the last, APGD-CE, 100 steps, in Linf, L2, L1; 0: never (%(default)s)",
     )
     add_flag(test, "--n_ex_eval", type=positive_int, default=200, help="training and test points for it (%(default)s)")
     add_flag(test, "--final_eval", action="store_true", help="the standard evaluation of eval.py at the end (off)")
@@ -220,6 +220,9 @@ def load(args: Namespace, parser: Parser) -> tuple[Dataset, nn.Module, Spec, tor
     model = model.to(device)
     with parser.blame("--model_name"), eval_mode(model):
         check_fits(model, data.shape, data.num_classes)
+    if 1 in (args.batch_size, args.n_ex_train):
+        with parser.blame("--batch_size" if args.batch_size == 1 else "--n_ex_train"):
+            check_one_point(model, data.shape)
     return data, model, spec, device
 
 
@@ -268,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     announce(args, folder, threats, device)
 
     for epoch in range(args.epochs):
-        meter = Meter(threats)
+        meter = Meter([threat.norm for threat in threats])
         model.train()
         bar = tqdm(
             batches(train, args.batch_size, args.seed, epoch, device),
@@ -291,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             meter.observe(drawn, loss, right)
             if threats:
                 eat.observe(drawn, right)
-        record = meter.record(epoch + 1, optimizer, eat)
+        record = meter.record(epoch + 1, optimizer.param_groups[0]["lr"], eat.errors())
         last = epoch + 1 == args.epochs
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or last):
             record["eval"] = quick_figures(model, data, args, device)
@@ -308,58 +311,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         final_figures(model, data.test.first(args.n_ex_final), args, device, folder)
     print(f"saved {folder / f'ep_{args.epochs}.pth'}")
     return folder
-
-
-class Meter:
-    """An epoch's losses and accuracies, apart for each threat (one row, called clean, without an attack)."""
-
-    def __init__(self, threats: Sequence[Threat]) -> None:
-        self.names = [str(threat.norm) for threat in threats] or ["clean"]
-        self.loss, self.right, self.seen, self.batches = ([0.0] * len(self.names) for _ in range(4))
-        self.start = time.time()
-
-    def observe(self, index: int, loss: torch.Tensor, right: torch.Tensor) -> None:
-        """Count an update: its mean loss, right (B,) bool."""
-        self.loss[index] += loss.item() * len(right)
-        self.right[index] += int(right.sum())
-        self.seen[index] += len(right)
-        self.batches[index] += 1
-
-    def record(self, epoch: int, optimizer: torch.optim.Optimizer, eat: EAT) -> dict[str, Any]:
-        """The epoch's JSON line; a norm that was never drawn has null for loss and error."""
-        seconds = time.time() - self.start
-        running: list[float | None] = [*eat.errors()] or [None]
-        rows = {
-            name: {
-                "loss": round(self.loss[i] / self.seen[i], 4) if self.seen[i] else None,
-                "error": round(1 - self.right[i] / self.seen[i], 4) if self.seen[i] else None,
-                "running_error": running[i],
-                "drawn": round(self.batches[i] / sum(self.batches), 4),
-            }
-            for i, name in enumerate(self.names)
-        }
-        total = {
-            "loss": round(sum(self.loss) / sum(self.seen), 4),
-            "error": round(1 - sum(self.right) / sum(self.seen), 4),
-        }
-        speed = {"seconds": round(seconds, 2), "images_per_second": round(sum(self.seen) / seconds, 1)}
-        return {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **total, "norms": rows, **speed}
-
-
-def console_line(record: dict[str, Any], epochs: int) -> str:
-    """The epoch in one line."""
-    norms = "; ".join(
-        f"{name} loss {row['loss']:.3f} error {100 * row['error']:.1f} % drawn {100 * row['drawn']:.0f} %"
-        if row["drawn"]
-        else f"{name} not drawn"
-        for name, row in record["norms"].items()
-    )
-    line = f"epoch {record['epoch']}/{epochs}  lr {record['lr']:.4g}  {norms}  {record['seconds']:.1f} s"
-    for split, rows in record.get("eval", {}).items():
-        line += f"  | {split}: " + " ".join(
-            f"{name} {rows[name]['accuracy']:.1f}" for name in rows if name != "average"
-        )
-    return line
 
 
 def quick_figures(model: nn.Module, data: Dataset, args: Namespace, device: torch.device) -> dict[str, Any]:

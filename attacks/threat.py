@@ -52,5 +52,7 @@ def threats_for(dataset: str, norms: Sequence[str], eps: Sequence[float] | None 
         raise ValueError(f"each norm may be named once, got {' '.join(norms)}")
     if eps is not None and len(eps) != len(norms):
         raise ValueError(f"one radius for each norm is needed: {len(norms)} ({' '.join(norms)}), got {len(eps)}")
+    if dataset not in RADII:
+        raise ValueError(f"no radii are known for the data set {dataset!r}; it must be one of {' '.join(RADII)}")
     chosen = eps or [RADII[dataset].get(cast(Norm, norm), 1.0) for norm in norms]
     return [Threat(cast(Norm, norm), radius) for norm, radius in zip(norms, chosen, strict=True)]

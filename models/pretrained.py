@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import shutil
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from models import Spec, build_model
 from models.robustbench_zoo import THREATS, load_robustbench
 from utils.checkpoint import load_tensors, state_dict_of
+from utils.run import made_folder
 
 AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_Linf.pth, pretr_L2.pth, pretr_L1.pth
 
@@ -160,23 +162,29 @@ def _find_file(name: str, model_dir: Path) -> Path:
 
 def download_authors_file(file_name: str, model_dir: Path) -> None:
     """Download one of the authors' networks to model_dir. Raises ValueError, with nothing left behind, if it does not load."""
-    existed = model_dir.exists()
     try:
         files = gdown.download_folder(id=AUTHORS_FOLDER, skip_download=True, quiet=True) or []
         [file_id] = [file.id for file in files if Path(file.path).name == file_name]
-        model_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=model_dir) as part:
+        with made_folder(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
             path = Path(part) / file_name
             gdown.download(id=file_id, output=str(path), quiet=False)
             _from_file(path, "cifar10", None)
             shutil.move(path, model_dir / file_name)
     except Exception as error:  # gdown raises whatever its parsers and sockets do
-        if not existed:
-            shutil.rmtree(model_dir, ignore_errors=True)
         raise ValueError(
             f"{file_name} is not in --model_dir={model_dir} and could not be downloaded; get it in a browser from "
             f"https://drive.google.com/drive/folders/{AUTHORS_FOLDER} and save it there"
         ) from error
+
+
+def check_one_point(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless the model can be trained on a single image of `shape` (C, H, W): some BatchNorms can't."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(torch.full((1, *shape), 0.5, device=device))
+    except ValueError as error:
+        raise ValueError(f"the network can't learn from a single image: {error}") from error
 
 
 def check_fits(model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:

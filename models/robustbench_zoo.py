@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from utils.run import made_folder
+
 THREATS = ("Linf", "L2")
 
 
@@ -35,17 +37,13 @@ def load_robustbench(model_id: str, threat: str | None, dataset: str, model_dir:
                 return load_model(model_id, model_dir=model_dir, dataset=dataset, threat_model=threat), threat
             except Exception as error:  # whatever the library raises, the file is what is wrong
                 raise ValueError(f"{place / model_id}.pt holds no {model_id}: {_first_line(error)}") from error
-        existed = model_dir.exists()
-        model_dir.mkdir(parents=True, exist_ok=True)
         try:
-            with tempfile.TemporaryDirectory(dir=model_dir) as part:
+            with made_folder(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
                 model = load_model(model_id, model_dir=part, dataset=dataset, threat_model=threat)
                 place.mkdir(parents=True, exist_ok=True)
                 for file in (Path(part) / dataset / threat).glob("*"):
                     shutil.move(file, place / file.name)
         except Exception as error:
-            if not existed:
-                shutil.rmtree(model_dir, ignore_errors=True)
             ids = _models(dataset, threat)[model_id].get("gdrive_id")
             raise ValueError(
                 f"{model_id} could not be downloaded ({_first_line(error)}); get https://drive.google.com/uc?id={ids} "

@@ -63,15 +63,20 @@ def test_standard_training_is_said_loudly(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_fine_tuning_evaluation_and_final_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
-    start = train.main([*TINY, "--attack=apgd", "--l_norms=L2", "--l_eps=1/4", "--at-iter=2", "--epochs=2"])
+    sgd = ["--epochs=3", "--batch_size=32", "--lr-max=0.1", "--lr-schedule=superconverge"]
+    start = train.main(
+        ["--dataset=digits", "--width=4", *sgd, "--attack=apgd", "--l_norms=L2", "--l_eps=1/9", "--at-iter=1"]
+    )
     flags = [
         "--dataset=digits",
         "--n_ex_train=100",
         "--finetune-model",
-        f"--model_name={start}/ep_2.pth",
+        f"--model_name={start}/ep_3.pth",
         "--save_optim",
     ]
-    tuned = train.main([*flags, *EAT, "--final_eval", "--n_ex_final=12", "--eval_freq=2", "--n_ex_eval=10"])
+    tuned = train.main(
+        [*flags, *EAT, "--final_eval", "--n_ex_final=12", "--eval_freq=2", "--n_ex_eval=10", "--eval_eps=0.5 4 30"]
+    )
     config = json.loads((tuned / "config.json").read_text())
     assert (config["epochs"], config["lr_max"], config["lr_schedule"], config["width"]) == (3, 0.05, "piecewise-ft", 4)
     records = lines(tuned)
@@ -81,12 +86,14 @@ def test_fine_tuning_evaluation_and_final_evaluation(capsys: pytest.CaptureFixtu
     assert "optimizer" in torch.load(tuned / "ep_3.pth", weights_only=True)
     assert json.loads((tuned / "eval.json").read_text())["accuracy"]["union"]["points"] == 12
     capsys.readouterr()
-    eval_script.main([f"--model_name={tuned}/ep_3.pth", "--n_ex=12", "--save_dir=out", "--l_norms=Linf L2 L1"])
+    eval_script.main(
+        [f"--model_name={tuned}/ep_3.pth", "--n_ex=12", "--save_dir=out", "--l_norms=Linf L2 L1", "--l_eps=0.5 4 30"]
+    )
     [again] = Path("out").glob("*/eval.json")
     # From its file the network gives the figures that it gave in memory.
     assert json.loads(again.read_text())["accuracy"] == json.loads((tuned / "eval.json").read_text())["accuracy"]
-    images = sorted(path.name for path in again.parent.glob("*.pth"))
-    assert images == ["adv_L1_2.pth", "adv_L2_0.4.pth", "adv_Linf_0.1.pth"]
+    images = sorted(path.name for path in again.parent.glob("adv_*"))
+    assert images == ["adv_L1_30.npy", "adv_L2_4.npy", "adv_Linf_0.5.npy"]
     assert "union" in capsys.readouterr().out
 
 

@@ -71,6 +71,8 @@ TRAIN_ERRORS = [
     ([*TUNE, "--model_name=absent.py:make"], "--model_name", "no file"),
     ([*TUNE, "--model_name=nets.py:three"], "--model_name", "torch.nn.Module"),
     ([*TUNE, "--model_name=nets.py:narrow"], "--model_name", "(B, 10)"),
+    ([*DIGITS, "--batch_size=1", "--width=4"], "--batch_size", "single image"),
+    ([*DIGITS, "--n_ex_train=1", "--width=4"], "--n_ex_train", "single image"),
     ([*DIGITS, "--save_dir=text.pth", "--epochs=1"], "--save_dir", "text.pth"),
     ([*DIGITS, "--epoch=1"], "--epoch", "--help"),
 ]
@@ -83,6 +85,11 @@ EVAL_ERRORS = [
     (["--model_name=missing.pth"], "--model_name", "--model_dir"),
     (["--model_name=function.pth"], "--model_name", "nets.py:make@"),
     (["--model_name=net.pth", "--dataset=cifar10", "--data_dir=broken"], "--data_dir", "--dataset=digits"),
+    (["--model_name=net.pth", "--n_iter=3"], "--n_iter", "at least 4"),
+    (["--model_name=net.pth", "--attacks=pgd"], "--attacks", "standard"),
+    (["--model_name=net.pth", "--baseline=absent.json"], "--baseline", "absent.json"),
+    (["--model_name=net.pth", "--baseline=text.pth"], "--baseline", "not a JSON file"),
+    (["--model_name=net.pth", "--baseline=other.json"], "--baseline", "500 test points"),
     (["--model_name=net.pth", "--batch_size_eval=x"], "--batch_size_eval", "whole number"),
 ]
 
@@ -100,6 +107,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save({"epoch": 3}, "number.pth")
     torch.save({"spec": {"arch": "function", "function": "nets.py:make"}, "state_dict": state}, "function.pth")
     Path("text.pth").write_text("<html>Quota exceeded</html>")
+    Path("other.json").write_text('{"settings": {"dataset": "digits", "n_ex": 3}, "outcomes": {}}')
     Path("empty.pth").touch()
     Path("cut.pth").write_bytes(Path("net.pth").read_bytes()[:5000])
     Path("code.pth").write_bytes(pickle.dumps(Code()))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -46,6 +49,19 @@ def newest_folder(parent: str, parts: list[str]) -> Path | None:
 def folder_name(parts: list[str]) -> str:
     """The non-empty parts in portable letters."""
     return "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts if part)[:180]
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, made if it is missing; an exception inside takes away again all that was made, outer folders too."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except BaseException:
+        if missing:
+            shutil.rmtree(missing[-1], ignore_errors=True)
+        raise
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,3 +83,55 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= counts.get(device.type, 0):
         raise ValueError(f"this machine has no device {name!r}; --device=auto takes what there is")
     return device
+
+
+class Meter:
+    """An epoch's losses and accuracies, apart for each of `names` (one row, called clean, if there are none)."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names) or ["clean"]
+        self.loss, self.right, self.seen, self.batches = ([0.0] * len(self.names) for _ in range(4))
+        self.start = time.time()
+
+    def observe(self, index: int, loss: torch.Tensor, right: torch.Tensor) -> None:
+        """Count an update: its mean loss, right (B,) bool."""
+        self.loss[index] += loss.item() * len(right)
+        self.right[index] += int(right.sum())
+        self.seen[index] += len(right)
+        self.batches[index] += 1
+
+    def record(self, epoch: int, lr: float, running_errors: Sequence[float]) -> dict[str, Any]:
+        """The epoch's JSON line; a name that was never drawn has null for loss and error."""
+        seconds = time.time() - self.start
+        running: list[float | None] = [*running_errors] or [None]
+        rows = {
+            name: {
+                "loss": round(self.loss[i] / self.seen[i], 4) if self.seen[i] else None,
+                "error": round(1 - self.right[i] / self.seen[i], 4) if self.seen[i] else None,
+                "running_error": running[i],
+                "drawn": round(self.batches[i] / sum(self.batches), 4),
+            }
+            for i, name in enumerate(self.names)
+        }
+        total = {
+            "loss": round(sum(self.loss) / sum(self.seen), 4),
+            "error": round(1 - sum(self.right) / sum(self.seen), 4),
+        }
+        speed = {"seconds": round(seconds, 2), "images_per_second": round(sum(self.seen) / seconds, 1)}
+        return {"epoch": epoch, "lr": lr, **total, "norms": rows, **speed}
+
+
+def console_line(record: dict[str, Any], epochs: int) -> str:
+    """The epoch in one line."""
+    norms = "; ".join(
+        f"{name} loss {row['loss']:.3f} error {100 * row['error']:.1f} % drawn {100 * row['drawn']:.0f} %"
+        if row["drawn"]
+        else f"{name} not drawn"
+        for name, row in record["norms"].items()
+    )
+    line = f"epoch {record['epoch']}/{epochs}  lr {record['lr']:.4g}  {norms}  {record['seconds']:.1f} s"
+    for split, rows in record.get("eval", {}).items():
+        line += f"  | {split}: " + " ".join(
+            f"{name} {rows[name]['accuracy']:.1f}" for name in rows if name != "average"
+        )
+    return line
