@@ -16,6 +16,7 @@ from utils.run import made_folder
 from utils.training import generator
 
 DATASETS = ("cifar10", "digits")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split of images of one shape, with num_classes labels."""
+    """A training and a test split of images of one shape, with a label for each of the class names."""
 
     name: str
     train: Split
     test: Split
-    num_classes: int = 10
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -116,7 +121,7 @@ def _digits() -> Dataset:
         # A mirrored digit is another sign or none; a pixel's shift is 1/8 of the image, as CIFAR-10's four of 32.
         return Split(pixels, torch.tensor(labels[index], dtype=torch.int64), levels=16, padding=1, flip=False)
 
-    return Dataset("digits", split(train), split(test))
+    return Dataset("digits", split(train), split(test), tuple("0123456789"))
 
 
 def _cifar10(data_dir: Path) -> Dataset:
@@ -136,7 +141,7 @@ def _cifar10(data_dir: Path) -> Dataset:
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(part.targets), levels=255, padding=4, flip=True)
 
-    return Dataset("cifar10", split(train=True), split(train=False))
+    return Dataset("cifar10", split(train=True), split(train=False), CIFAR10_CLASSES)
 
 
 def _download_cifar10(data_dir: Path, how: str) -> None:

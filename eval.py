@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attacks.results import as_json, paired
+from attacks.examples import telling_examples
+from attacks.results import Evaluation, as_json, paired, robustbench_fields
 from attacks.standard import Budget, Points, evaluate
 from attacks.threat import NORMS, threats_for
 from data import DATASETS, load_dataset
@@ -24,6 +25,7 @@ from models.pretrained import check_fits, load_model
 from utils.checkpoint import fingerprint
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
 from utils.distributed import from_first, local_device, processes
+from utils.report import write_report
 from utils.run import difference_table, environment, new_folder, newest_folder, read_json, table, write_json
 from utils.training import choose_device
 
@@ -38,6 +40,7 @@ DECIDE = (
     "n_restarts",
     "n_targets",
     "union_only",
+    "curve",
     "amp",
     "seed",
 )
@@ -95,6 +98,9 @@ def make_parser() -> Parser:
     add_flag(
         attack, "--union_only", action="store_true", help="worst case alone: a point broken in one norm is done (off)"
     )
+    add_flag(
+        attack, "--curve", action="store_true", help="also accuracy at radii from 0 to 2 eps, one APGD-CE each (off)"
+    )
     add_flag(attack, "--only_clean", action="store_true", help="no attack, clean accuracy alone (off)")
     add_flag(
         attack,
@@ -116,6 +122,12 @@ def make_parser() -> Parser:
     add_flag(
         run, "--baseline", help="another evaluation's eval.json: paired differences to it, on the same points (none)"
     )
+    add_flag(
+        run,
+        "--robustbench_json",
+        action="store_true",
+        help="also the fields of RobustBench's model_info, a file a norm (off)",
+    )
     add_flag(run, "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s: the best there is)")
     return parser
 
@@ -126,12 +138,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parser.parse_args(argv)
     if not args.model_name:
         parser.error("argument --model_name: name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth")
-    if args.n_iter < 4:
-        parser.error("argument --n_iter: L1 is attacked in three stages, give at least 4 steps")
-    with parser.blame("--l_norms"):
-        threats_for("cifar10", args.l_norms)
-    with parser.blame("--l_eps"):
-        threats_for("cifar10", args.l_norms, args.l_eps)
+    check_flags(args, parser)
     with parser.blame("--baseline"):
         baseline = read_json(args.baseline) if args.baseline else None
     with parser.blame("--device"):
@@ -164,38 +171,78 @@ def main(argv: Sequence[str] | None = None) -> Path:
             print(
                 f"{args.model_name} on {args.n_ex} test points of {args.dataset}: {attacked}; on {device}", flush=True
             )
-        start, env = time.time(), environment(device)
-        result = evaluate(
-            model,
-            Points(test.images, test.labels, test.levels),
-            threats,
-            device,
-            Budget(args.attacks, args.n_iter, args.n_restarts, args.n_targets, args.union_only, args.amp == "bf16"),
-            args.batch_size_eval,
-            args.seed,
-            folder,
-            share,
+        points = Points(test.images, test.labels, test.levels)
+        budget = Budget(
+            args.attacks,
+            args.n_iter,
+            args.n_restarts,
+            args.n_targets,
+            union_only=args.union_only,
+            curve=args.curve,
+            bf16=args.amp == "bf16",
         )
+        start, env = time.time(), environment(device)
+        result = evaluate(model, points, threats, device, budget, args.batch_size_eval, args.seed, folder, share)
         if share[0] == 0:
-            about = {"seconds": round(time.time() - start, 1), "settings": vars(args), "environment": env}
-            content = as_json(result) | about
-            if baseline:
-                content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"])
-            write_json(folder / "eval.json", content)
-            print(table(content["accuracy"]))
-            if baseline:
-                print(difference_table(content["difference_to_baseline"], args.baseline))
-            print(
-                *(f"WARNING: {warning}" for warning in result.warnings), sep="\n", end="\n" if result.warnings else ""
+            finish(result, args, baseline, folder, env, time.time() - start)
+            examples = telling_examples(model, points, result, folder, data.class_names, device)
+            write_report(
+                folder / "report.html",
+                read_json(folder / "eval.json"),
+                test.labels.tolist(),
+                data.class_names,
+                examples,
             )
-            print(f"{about['seconds']:.0f} s; saved in {folder}")
+            print(f"saved in {folder}; open report.html there to look at it")
     return folder
+
+
+def check_flags(args: Namespace, parser: Parser) -> None:
+    """Usage errors for what does not fit together."""
+    if args.n_iter < 4:
+        parser.error("argument --n_iter: L1 is attacked in three stages, give at least 4 steps")
+    if args.robustbench_json and (args.union_only or args.only_clean):
+        parser.error(
+            "argument --robustbench_json: it needs each norm's accuracy; leave --union_only and --only_clean out"
+        )
+    if args.curve and args.union_only:
+        parser.error("argument --curve: it needs each norm's accuracy, which --union_only leaves out; give one of them")
+    with parser.blame("--l_norms"):
+        threats_for("cifar10", args.l_norms)
+    with parser.blame("--l_eps"):
+        threats_for("cifar10", args.l_norms, args.l_eps)
+
+
+def finish(
+    result: Evaluation,
+    args: Namespace,
+    baseline: dict[str, Any] | None,
+    folder: Path,
+    env: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Save eval.json and what else was asked for; print the table, differences and warnings."""
+    content = as_json(result) | {"seconds": round(seconds, 1), "settings": vars(args), "environment": env}
+    if baseline:
+        content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"])
+    write_json(folder / "eval.json", content)
+    if args.robustbench_json:
+        for norm in content["norms"]:
+            write_json(folder / f"robustbench_{norm}.json", robustbench_fields(content, norm))
+    print(table(content["accuracy"]))
+    if baseline:
+        print(difference_table(content["difference_to_baseline"], args.baseline))
+    for warning in result.warnings:
+        print(f"WARNING: {warning}")
+    print(
+        f"{seconds:.0f} s, {sum(sum(row['forward_passes']) for row in content['norms'].values())} forward passes of an image in the attacks"
+    )
 
 
 def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: bool) -> Path:
     """A new folder, or to resume the newest one of this name. Raises ValueError if that was made with other settings."""
     newest = newest_folder(save_dir, parts) if resume else None
-    if newest is None:
+    if newest is None or not (newest / "asked.json").exists():
         folder = new_folder(save_dir, parts)
         write_json(folder / "asked.json", asked)
         return folder

@@ -71,6 +71,9 @@ class Evaluation:
     clean: Tensor  # (N,) bool: right without an attack
     tallies: dict[Threat, Tally] = field(default_factory=dict)
     union_only: bool = False  # points broken in one norm were not attacked in others: only clean and union are known
+    curve: dict[Threat, list[list[float]]] = field(
+        default_factory=dict
+    )  # [radius, accuracy in per cent] from 0 to 2 eps
     warnings: list[str] = field(default_factory=list)  # why the figures should not be believed
 
     def robust(self, threat: Threat) -> Tensor:
@@ -136,11 +139,13 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "forward_passes": tally.passes.sum(1).tolist(),
         }
     outcomes = {name: values for name, values in evaluation.outcomes().items() if name != "average"}
+    curve = {"curve": {threat.norm: curve for threat, curve in evaluation.curve.items()}} if evaluation.curve else {}
     return {
         "accuracy": summarise(evaluation),
         "warnings": evaluation.warnings,
         "norms": norms,
         "outcomes": {name: values.int().tolist() for name, values in outcomes.items()},
+        **curve,
     }
 
 
@@ -166,3 +171,28 @@ def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str
             for key, value in (("difference", mean), ("low", mean - half), ("high", mean + half))
         }
     return rows
+
+
+def robustbench_fields(content: dict[str, Any], norm: str) -> dict[str, Any]:
+    """The fields of RobustBench's model_info/DATASET/NORM/ID.json; null where a person must fill them in."""
+    settings, accuracy = content["settings"], content["accuracy"]
+    eps = content["norms"][norm]["eps"]
+    steps = round(eps * 255, 6)
+    robust = f"{accuracy[norm]['accuracy']:.2f}"
+    full = settings["attacks"] == "autoattack"
+    return {
+        "link": None,
+        "name": settings["model_name"],
+        "authors": None,
+        "additional_data": None,
+        "number_forward_passes": 1,
+        "dataset": settings["dataset"],
+        "venue": None,
+        "architecture": None,
+        "eps": f"{steps:.0f}/255" if norm == "Linf" and steps == round(steps) else f"{eps:g}",
+        "clean_acc": f"{accuracy['clean']['accuracy']:.2f}",
+        "reported": None,
+        "autoattack_acc": robust if full else None,
+        "footnote": f"{settings['n_ex']} test points"
+        + ("" if full else f"; {robust} under the {settings['attacks']} attacks, not AutoAttack"),
+    }

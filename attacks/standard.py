@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from attacks.apgd import APGD, EVALUATION_SHARE, Model, Rows, judge, shrinking
 from attacks.checks import network_warnings, result_warnings
+from attacks.curve import above, accuracy_curve, below
 from attacks.losses import cross_entropy, dlr_targeted, margin_targeted
 from attacks.projections import project
 from attacks.results import Evaluation, Run, Tally, runs_for
 from attacks.threat import NORMS, Threat
-from utils.distributed import wait_for_all
+from utils.distributed import from_first, wait_for_all
 from utils.journal import ImageFile, Journal
 from utils.training import generator
 
@@ -55,6 +56,7 @@ class Budget:
     n_restarts: int | None = None
     n_targets: int | None = None
     union_only: bool = False  # a point broken under one norm is not attacked under the others
+    curve: bool = False  # also one APGD-CE at radii up to 2 eps
     bf16: bool = False  # the attack's passes in bfloat16; every point it breaks is checked in float32 before it counts
 
 
@@ -76,7 +78,7 @@ def evaluate(
     don't depend on batch size, order or number of processes, up to the rounding of the network's kernels. With a folder, the images that
     broke points are in its adv_THREAT.npy (clean ones elsewhere), and what its journal says is done is not done again. share is
     (rank, number) of this process: each takes its part of the points, all return the whole. Images outside ball or box don't count and
-    are warned of. Raises ValueError if the folder's journal is of other points.
+    are warned of. The folder's journal must be of the same network, points, threats, budget and seed.
     """
     rank, number = share
     journal = Journal(folder, rank)
@@ -90,8 +92,9 @@ def evaluate(
     clean = _replay(journal, len(points), tallies)
     order = list(threats)
     if budget.union_only:
-        order = _most_broken_first(model, points, mine[clean[mine]][:64], threats, device)
-    standing = clean.clone()
+        index = clean.nonzero()[:64, 0]
+        order = from_first(lambda: _most_broken_first(model, points, index, threats, device))
+    standing = clean & ~torch.stack([torch.zeros_like(clean), *(tally.broken for tally in tallies.values())]).any(0)
     for threat in order:
         images = None
         if folder:
@@ -102,14 +105,27 @@ def evaluate(
             images = ImageFile(path)
         left = standing if budget.union_only else clean
         chosen = [i for i in mine.tolist() if left[i]]
-        work = _Work(model, points, ranked, threat, tallies[threat], budget, seed, device, journal, images)
+        work = Work(model, points, ranked, threat, tallies[threat], budget, seed, device, journal, images)
         work.run_apgd(chosen, batch_size, progress and rank == 0)
         if budget.attacks == "autoattack":
             work.run_library(chosen, batch_size)
         standing &= ~tallies[threat].broken
+    curve: dict[Threat, Tally] = {}
+    for threat in threats if budget.curve else ():
+        # A point that stands at eps stands below; one that broke at a radius is broken above it.
+        smaller, larger = below(threat), above(threat)
+        for radii, pending in ((smaller, clean & tallies[threat].broken), (larger, clean & ~tallies[threat].broken)):
+            for radius in radii:
+                curve[radius] = _empty(len(points), [Run("CE")])
+                _replay(journal, len(points), {radius: curve[radius]})
+                work = Work(model, points, ranked, radius, curve[radius], budget, seed, device, journal, None)
+                work.run_apgd([i for i in mine.tolist() if pending[i]], batch_size, progress and rank == 0)
+                pending = pending & ~curve[radius].broken
     wait_for_all()
-    clean = _replay(journal, len(points), tallies)  # with the other processes' part
-    evaluation = Evaluation(clean, tallies, budget.union_only, found)
+    clean = _replay(journal, len(points), tallies | curve)  # with the other processes' part
+    evaluation = Evaluation(clean, tallies, budget.union_only, warnings=found)
+    if budget.curve:
+        evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in threats}
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
 
@@ -151,7 +167,8 @@ def _clean(
             logits = model(x).float().cpu()
         if number == 0:
             ranked = torch.zeros(len(points), logits.shape[1], dtype=torch.int16)
-            found = network_warnings(model, x[:100], points.y[index[:100]].to(device))
+            if len(index):  # with more processes than points, some have none
+                found = network_warnings(model, x[:100], points.y[index[:100]].to(device))
         ranked[index] = logits.argsort(dim=1, descending=True).to(torch.int16)
         right = (ranked[index, 0] == points.y[index]).tolist()
         journal.add(
@@ -177,6 +194,8 @@ def _replay(journal: Journal, n: int, tallies: dict[Threat, Tally]) -> Tensor:
         if record["task"] == "clean":
             clean[point] = record["right"]
         else:
+            if record["task"] not in by_name:
+                continue  # another radius of the curve
             tally = by_name[record["task"]]
             tally.passes[point, record["run"]] = record["passes"]
             if record["broken"]:
@@ -205,7 +224,7 @@ def _most_broken_first(
     return sorted(threats, key=loss_after, reverse=True)
 
 
-class _Work:
+class Work:
     """One threat model's attacks on some points."""
 
     def __init__(
@@ -362,11 +381,11 @@ class _Work:
         index = torch.tensor(chosen)
         x, y = self.points.x(index), self.points.y[index]
         attack = AutoAttack(
-            counted, norm=self.threat.norm, eps=self.threat.eps, seed=self.seed, device=self.device, verbose=False
+            counted, norm=self.threat.norm, eps=self.threat.eps, seed=self.seed, device=self.device
         )
         attack.attacks_to_run = [self.tally.runs[number].kind.lower()]
         attack.fab.n_target_classes = min(9, self.ranked.shape[1] - 1)
-        x_adv = attack.run_standard_evaluation(x.to(self.device), y.to(self.device), bs=len(x))[0]
+        x_adv = attack.run_standard_evaluation(x.to(self.device), y.to(self.device), batch_size=len(x))[0]
         with torch.no_grad():
             wrong = (self.model(x_adv).argmax(1).cpu() != y) & (x_adv.cpu() != x).flatten(1).any(1)
         rows = wrong.nonzero()[:, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,8 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A process may wait long for one with harder points; if one dies, torchrun ends the others.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
