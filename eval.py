@@ -234,9 +234,8 @@ def finish(
         print(difference_table(content["difference_to_baseline"], args.baseline))
     for warning in result.warnings:
         print(f"WARNING: {warning}")
-    print(
-        f"{seconds:.0f} s, {sum(sum(row['forward_passes']) for row in content['norms'].values())} forward passes of an image in the attacks"
-    )
+    passes = sum(sum(about["forward_passes"]) for about in content["norms"].values())
+    print(f"{seconds:.0f} s; the attacks judged {passes} images")
 
 
 def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: bool) -> Path:
