@@ -114,7 +114,7 @@ def _grid(examples: Sequence[Example], norms: Sequence[str]) -> dict[str, str]:
     for row, example in zip(grid, examples, strict=True):
         for axes in row:
             axes.set_axis_off()
-        _show(row[0], example.clean, f"{example.label}\n{_answer(example.said, example.sure)}")
+        _show(row[0], example.clean, f"label {example.label}\n{_answer(example.said, example.sure)}")
         for i, norm in enumerate(norms):
             if norm not in example.attacked:
                 row[2 * i + 1].text(0.5, 0.5, f"stands\nin {norm}", ha="center", va="center", color="#666666")

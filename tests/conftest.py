@@ -1,0 +1,51 @@
+"""A network for the tests of the evaluation."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data import load_dataset
+
+
+class InFloat64(nn.Module):
+    """A network whose rounding does not depend on the batch, so that figures can be compared to the bit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x.double())
+        return logits.float()
+
+
+@pytest.fixture(scope="session")
+def trained() -> nn.Module:
+    """A small smooth network of digits, neither robust nor broken everywhere; its weights are frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.Softplus(),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.Softplus(),
+            nn.Flatten(),
+            nn.Linear(144, 10),
+        )
+        x, y = load_dataset("digits", "").train.pixels()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+        for _ in range(15):
+            for chosen in torch.randperm(len(x)).split(64):
+                noisy = (x[chosen] + 0.3 * torch.randn_like(x[chosen])).clamp(0, 1)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(noisy), y[chosen]).backward()
+                optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def network(trained: nn.Module) -> nn.Module:
+    """The same in float64."""
+    return InFloat64(copy.deepcopy(trained)).eval()
