@@ -91,7 +91,7 @@ def evaluate(
     clean = _replay(journal, len(points), tallies)
     order = list(threats)
     if budget.union_only:
-        index = clean.nonzero()[:64, 0]
+        index = clean.nonzero()[:32, 0]
         order = from_first(lambda: _most_broken_first(model, points, index, threats, device))
     standing = clean & ~torch.stack([torch.zeros_like(clean), *(tally.broken for tally in tallies.values())]).any(0)
     for threat in order:
