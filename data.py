@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from utils.run import made_folder
 from utils.training import generator
 
+CPU = torch.device("cpu")
 DATASETS = ("cifar10", "digits")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -34,7 +35,7 @@ class Split:
 
     def first(self, n: int) -> Split:
         """The first n points."""
-        return Split(self.images[:n], self.labels[:n], self.levels, self.padding, self.flip)
+        return replace(self, images=self.images[:n], labels=self.labels[:n])
 
     def pixels(self) -> tuple[Tensor, Tensor]:
         """All images as float32 in [0, 1], (N, C, H, W), and their labels."""
@@ -71,19 +72,18 @@ def load_dataset(name: str, data_dir: str) -> Dataset:
 
 
 def batches(
-    split: Split, batch_size: int, seed: int, epoch: int, device: torch.device | None = None
+    split: Split, batch_size: int, seed: int, epoch: int, device: torch.device = CPU
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of augmented batches: x (B, C, H, W) float32 in [0, 1], y (B,). Order and augmentation depend on (seed, epoch) alone.
+    """One epoch of augmented batches on `device`: x (B, C, H, W) float32 in [0, 1], y (B,). They depend on (seed, epoch) alone.
 
+    They are cut where the split is, which costs no copy if that is the device; else by a worker process, a batch ahead.
     The last batch may be smaller, but a single left-over point is not made a batch (BatchNorm may fail on one), unless
     batch_size or the split is 1.
     """
-    draws = generator(seed, epoch)
-    order = torch.randperm(len(split), generator=draws)
-    for chosen in order.split(batch_size):
-        if len(chosen) > 1 or batch_size == 1 or len(order) == 1:
-            images = _augment(split.images[chosen], split.padding, split.flip, draws)
-            yield images.to(device).float() / split.levels, split.labels[chosen].to(device)
+    cuts = _Cuts(split, batch_size, generator(seed, epoch))
+    found = (cuts[i] for i in range(len(cuts))) if split.images.device == device else _from_workers(cuts, device)
+    for images, labels in found:
+        yield images.float() / split.levels, labels
 
 
 def number_of_batches(n: int, batch_size: int) -> int:
@@ -91,18 +91,57 @@ def number_of_batches(n: int, batch_size: int) -> int:
     return n // batch_size + (n % batch_size > 1 or n == 1 < batch_size)
 
 
-def _augment(images: Tensor, padding: int, flip: bool, draws: torch.Generator) -> Tensor:
-    """Each image (B, C, H, W) padded with zeros and cut at a random place, then mirrored with probability 1/2 if `flip`."""
+def on_device(split: Split, device: torch.device) -> Split:
+    """The split on the device, or as it is where that is a GPU with less than twice the room."""
+    if device.type == "cuda" and 2 * split.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return split
+    return replace(split, images=split.images.to(device), labels=split.labels.to(device))
+
+
+class _Cuts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The batches of an epoch, uint8, by number. All random choices are drawn at once, so that cutting waits for nothing."""
+
+    def __init__(self, split: Split, batch_size: int, draws: torch.Generator) -> None:
+        n, device = len(split), split.images.device
+        self.split, self.batch_size, self.number = split, batch_size, number_of_batches(n, batch_size)
+        self.order = torch.randperm(n, generator=draws).to(device)
+        self.shift = torch.randint(0, 2 * split.padding + 1, (2, n, 1), generator=draws).to(device)
+        self.mirrored = (torch.rand(n, 1, generator=draws) < 0.5).to(device) if split.flip else None
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        places = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        chosen = self.order[places]
+        mirrored = None if self.mirrored is None else self.mirrored[places]
+        images = _augment(self.split.images[chosen], self.split.padding, self.shift[:, places], mirrored)
+        return images, self.split.labels[chosen]
+
+
+def _from_workers(cuts: _Cuts, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches from a process that cuts them, pinned, and copied to the device while the one before is in work."""
+    loader = torch.utils.data.DataLoader(cuts, batch_size=None, num_workers=1, pin_memory=device.type == "cuda")
+    coming = None
+    for images, labels in loader:
+        ready, coming = coming, (images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+        if ready:
+            yield ready
+    if coming:
+        yield coming
+
+
+def _augment(images: Tensor, padding: int, shift: Tensor, mirrored: Tensor | None) -> Tensor:
+    """Each image (B, C, H, W) padded with zeros and cut at shift (2, B, 1) from top and left, then mirrored where told (B, 1)."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=draws)
-    columns = left + torch.arange(width)
-    if flip:
-        mirrored = torch.rand(n, 1, generator=draws) < 0.5
+    top, left = shift
+    columns = left + torch.arange(width, device=images.device)
+    if mirrored is not None:
         columns = torch.where(mirrored, columns.flip(1), columns)
-    rows = top + torch.arange(height)
+    rows = top + torch.arange(height, device=images.device)
     # Indices on both sides of the slice put the channels last: (B, H, W, C).
-    cut = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    cut = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     # clone, not contiguous(): with one channel the latter keeps strides that read as channels-last, where oneDNN's
     # gradient of narrow convolutions corrupts memory (docs/LOG.md).
     return cut.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)

@@ -27,6 +27,7 @@ from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, w
 from utils.distributed import from_first, local_device, processes
 from utils.report import write_report
 from utils.run import difference_table, environment, new_folder, newest_folder, read_json, table, write_json
+from utils.speed import AMPS, check_format, set_up
 from utils.training import choose_device
 
 # An evaluation can go on only if none of these changed. Not the device, the batch size or the number of processes.
@@ -105,9 +106,9 @@ def make_parser() -> Parser:
     add_flag(
         attack,
         "--amp",
-        choices=["off", "bf16"],
+        choices=AMPS,
         default="off",
-        help="precision of the attack's passes; what it breaks is checked in float32 (%(default)s)",
+        help="number format of the attack's passes; what it breaks is checked in float32; fp16: CUDA only (%(default)s: float32)",
     )
     add_flag(attack, "--seed", type=natural_int, default=0, help="of the random starts (%(default)s)")
     run = parser.add_argument_group("run")
@@ -128,6 +129,7 @@ def make_parser() -> Parser:
         action="store_true",
         help="also the fields of RobustBench's model_info, a file a norm (off)",
     )
+    add_flag(run, "--threads", type=positive_int, help="CPU threads (PyTorch's choice: the cores)")
     add_flag(run, "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s: the best there is)")
     return parser
 
@@ -143,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         baseline = read_json(args.baseline) if args.baseline else None
     with parser.blame("--device"):
         device = local_device(choose_device(args.device))
+    with parser.blame("--amp"):
+        check_format(device, args.amp)
+    set_up(args.threads, tf32=False)
     with parser.blame("--model_name"):
         loaded = load_model(args.model_name, args.model_dir, args.dataset or "cifar10")
     args.dataset = args.dataset or loaded.about.get("dataset", "cifar10")
@@ -179,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             args.n_targets,
             union_only=args.union_only,
             curve=args.curve,
-            bf16=args.amp == "bf16",
+            amp=args.amp,
         )
         start, env = time.time(), environment(device)
         result = evaluate(model, points, threats, device, budget, args.batch_size_eval, args.seed, folder, share)

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks.apgd import apgd
+from attacks.apgd import Model, apgd
 from attacks.multinorm import EAT
 from attacks.results import Evaluation, as_json, summarise
 from attacks.standard import Budget, Points, evaluate
 from attacks.threat import NORMS, RADII, Threat, threats_for
-from data import DATASETS, Dataset, Split, batches, load_dataset, number_of_batches
+from data import DATASETS, Dataset, Split, batches, load_dataset, number_of_batches, on_device
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS
 from models.pretrained import check_fits, check_one_point, load_model
@@ -46,6 +46,7 @@ from utils.cli import (
 )
 from utils.run import append_json_line, environment, new_folder, table, write_json
 from utils.schedules import lr_schedule
+from utils.speed import AMPS, check_format, in_format, set_up
 from utils.training import Meter, choose_device, console_line, eval_mode, frozen, generator, parameter_groups, set_lr
 
 
@@ -151,6 +152,15 @@ def make_parser() -> Parser:
         help="epochs between checkpoints; the last epoch is always saved (10; fine-tuning: 1)",
     )
     add_flag(run, "--save_optim", action="store_true", help="keep the optimizer's state in checkpoints (off)")
+    add_flag(
+        run,
+        "--amp",
+        choices=AMPS,
+        default="off",
+        help="number format of the passes, also the attack's; fp16: CUDA only, with a gradient scaler (%(default)s: float32)",
+    )
+    add_flag(run, "--compile", action="store_true", help="compile the network with torch.compile (off)")
+    add_flag(run, "--threads", type=positive_int, help="CPU threads (PyTorch's choice: the cores)")
     add_flag(run, "--notes_run", default="", help="a word for the run folder's name (none)")
     add_flag(run, "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s: the best there is)")
     return parser
@@ -196,6 +206,9 @@ def load(args: Namespace, parser: Parser) -> tuple[Dataset, nn.Module, Spec, tor
     """The objects that the flags name, checked against each other before anything is written."""
     with parser.blame("--device"):
         device = choose_device(args.device)
+    with parser.blame("--amp"):
+        check_format(device, args.amp)
+    set_up(args.threads, tf32=True)
     torch.manual_seed(args.seed)
     if args.finetune_model:
         with parser.blame("--model_name"):
@@ -254,14 +267,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
     threats = threats_for(args.dataset, args.l_norms, args.l_eps) if args.attack else []
     attacks = [partial(apgd, threat=threat, n_iter=n) for threat, n in zip(threats, args.l_iters, strict=False)]
     eat = EAT(threats)
-    train = data.train.first(args.n_ex_train)
+    train = on_device(data.train.first(args.n_ex_train), device)
     steps = number_of_batches(len(train), args.batch_size)
     lr_at = lr_schedule(args.lr_schedule, args.lr_max)
     if args.finetune_model:
         groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
     else:
         groups = parameter_groups(model, args.lr_max, args.weight_decay, args.lr_no_decay)
-    optimizer = torch.optim.SGD(groups, lr=args.lr_max, momentum=0.9)
+    optimizer = torch.optim.SGD(groups, lr=args.lr_max, momentum=0.9, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    network = in_format(torch.compile(model) if args.compile else model, device, args.amp)
     start = f"from-{Path(args.model_name).name.removesuffix('.pth')}" if args.finetune_model else "from-scratch"
     norms = "-".join(args.l_norms) if args.attack else "no-attack"
     with parser.blame("--save_dir"):
@@ -271,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     announce(args, folder, threats, device)
 
     for epoch in range(args.epochs):
-        meter = Meter([threat.norm for threat in threats])
+        meter = Meter([threat.norm for threat in threats], device)
         model.train()
         bar = tqdm(
             batches(train, args.batch_size, args.seed, epoch, device),
@@ -284,13 +299,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             drawn = eat.draw(generator(args.seed, epoch, step)) if threats else 0
             if threats:
                 with eval_mode(model), frozen(model):
-                    x = attacks[drawn](model, x, y).x_best
-            logits = model(x)
-            loss = F.cross_entropy(logits, y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            right = logits.argmax(1) == y
+                    x = attacks[drawn](network, x, y).x_best
+            loss, right = update(network, optimizer, scaler, x, y)
             meter.observe(drawn, loss, right)
             if threats:
                 eat.observe(drawn, right)
@@ -311,6 +321,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
         final_figures(model, data.test.first(args.n_ex_final), args, device, folder)
     print(f"saved {folder / f'ep_{args.epochs}.pth'}")
     return folder
+
+
+def update(
+    network: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of SGD on x (B, C, H, W), y (B,): the mean loss and which were right (B,), before it. Nothing waits for the device."""
+    logits = network(x).float()
+    loss = F.cross_entropy(logits, y)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach(), logits.argmax(1) == y
 
 
 def quick_figures(model: nn.Module, data: Dataset, args: Namespace, device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Stages = Sequence[tuple[float, int]]  # (radius, steps) of each stage of a run
 
+HALF_SCALE = 2**10  # of the loss where the network answers in float16
 TRAINING_SHARE, EVALUATION_SHARE = 0.05, 0.2  # of the entries that the first L1 step moves
 
 
@@ -74,13 +75,18 @@ def shrinking(eps: float, n_iter: int) -> Stages:
 
 
 def judge(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (B,), its gradient (B, ...) or zeros, and which are misclassified (B,). Parameters get no gradient."""
+    """Loss (B,), the direction of its gradient (B, ...) or zeros, and which are misclassified (B,). Parameters get no gradient."""
     with torch.set_grad_enabled(with_grad):
         x_adv = x_adv.detach().requires_grad_(with_grad)
-        logits = model(x_adv).to(x_adv.dtype)
+        answer = model(x_adv)
+        logits = answer.to(x_adv.dtype)
         values = loss(logits, y)
+        # In float16 small gradients would vanish; only the direction counts, so they need not be scaled back.
+        scale = HALF_SCALE if answer.dtype == torch.float16 else 1
         # A channels-last network gives a gradient in its own layout; everything here works on plain rows.
-        grad = torch.autograd.grad(values.sum(), x_adv)[0].contiguous() if with_grad else torch.zeros_like(x_adv)
+        grad = (
+            torch.autograd.grad(scale * values.sum(), x_adv)[0].contiguous() if with_grad else torch.zeros_like(x_adv)
+        )
     return values.detach(), grad, logits.detach().argmax(1) != y
 
 

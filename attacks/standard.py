@@ -25,6 +25,7 @@ from attacks.results import Evaluation, Run, Tally, runs_for
 from attacks.threat import NORMS, Threat
 from utils.distributed import from_first, wait_for_all
 from utils.journal import ImageFile, Journal
+from utils.speed import Amp, in_format
 from utils.training import generator
 
 UNTARGETED = -1
@@ -56,7 +57,7 @@ class Budget:
     n_targets: int | None = None
     union_only: bool = False  # a point broken under one norm is not attacked under the others
     curve: bool = False  # also one APGD-CE at radii up to 2 eps
-    bf16: bool = False  # the attack's passes in bfloat16; every point it breaks is checked in float32 before it counts
+    amp: Amp = "off"  # the attack's passes in this format; every point it breaks is checked in float32 before it counts
 
 
 def evaluate(
@@ -235,7 +236,7 @@ class Work:
         self.model, self.points, self.ranked, self.threat, self.tally = model, points, ranked, threat, tally
         self.seed, self.device, self.journal, self.images = seed, device, journal, images
         self.apgd_runs = sum(run.kind in ("CE", "T") for run in tally.runs)
-        self.bf16 = budget.bf16
+        self.amp, self.fast_model = budget.amp, in_format(model, device, budget.amp)
         stages = shrinking(threat.eps, budget.n_iter) if threat.norm == "L1" else [(threat.eps, budget.n_iter)]
         self.search = APGD(threat.norm, stages, EVALUATION_SHARE, device)
 
@@ -319,12 +320,11 @@ class Work:
         x_new = rows.x + rows.delta
         # The gradient is not needed at a run's last point; rows that started together end together.
         with_grad = min(ticks) + 1 < self.search.ticks
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            value, grad, wrong = judge(self.model, x_new, y, partial(_mixed_loss, target=target), with_grad)
+        value, grad, wrong = judge(self.fast_model, x_new, y, partial(_mixed_loss, target=target), with_grad)
         self.search.observe(rows, value, grad)
         counts = torch.tensor([tick >= self.search.counts_from for tick in ticks])
         wrong = wrong.cpu() & counts
-        if self.bf16 and bool(wrong.any()):
+        if self.amp != "off" and bool(wrong.any()):
             again = wrong.nonzero()[:, 0].to(self.device)
             with torch.no_grad():
                 wrong[wrong.clone()] = (self.model(x_new[again]).argmax(1) != y[again]).cpu()

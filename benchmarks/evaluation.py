@@ -27,9 +27,9 @@ from utils.training import choose_device
 
 OURS = {
     "ours, standard": Budget(),
-    "ours, standard, bf16": Budget(bf16=True),
+    "ours, standard, bf16": Budget(amp="bf16"),
     "ours, union only": Budget(union_only=True),
-    "ours, union only, bf16": Budget(union_only=True, bf16=True),
+    "ours, union only, bf16": Budget(union_only=True, amp="bf16"),
 }
 OTHER = "pyautoattack"
 

@@ -30,7 +30,21 @@ class _Softplus(torch.autograd.Function):
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), any shape; within 1e-7 (1 + value), the gradient exact."""
-    return _Softplus.apply(x) if x.device.type == "cpu" else F.softplus(x)  # type: ignore[no-untyped-call]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.softplus(x)
+    return _Softplus.apply(x)  # type: ignore[no-untyped-call]
+
+
+def normalise(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """bn(x), (B, C, H, W). With fixed statistics in float32 as one multiply-add: BatchNorm's own gradient is slow there (docs/LOG.md)."""
+    if bn.training or x.dtype != torch.float32:
+        out: Tensor = bn(x)
+        return out
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    shift = bn.bias - bn.running_mean * scale
+    return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,9 +71,9 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.act(self.bn1(x))
+        out = self.act(normalise(self.bn1, x))
         skip = self.shortcut(out) if hasattr(self, "shortcut") else x
-        out = self.conv2(self.act(self.bn2(self.conv1(out))))
+        out = self.conv2(self.act(normalise(self.bn2, self.conv1(out))))
         return out + skip
 
 
@@ -69,17 +83,21 @@ class PreActResNet18(nn.Module):
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 64, act: str = "softplus1") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        # Channels-last is faster, but not for narrow networks: oneDNN's gradients of those corrupt memory (docs/LOG.md). The first
+        # convolution stays plain, so that the gradient of images is laid out as they are.
+        self.layout = torch.contiguous_format if width % 16 else torch.channels_last
         planes = width
         for stage in range(4):
             out, stride = width * 2**stage, 1 if stage == 0 else 2
             blocks = PreActBlock(planes, out, stride, ACTIVATIONS[act]), PreActBlock(out, out, 1, ACTIVATIONS[act])
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.get_submodule(f"layer{stage + 1}").to(memory_format=self.layout)
             planes = out
         self.bn = nn.BatchNorm2d(planes)
         self.linear = nn.Linear(planes, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(x)
+        out = self.conv1(x).contiguous(memory_format=self.layout)
         for stage in range(4):
             out = self.get_submodule(f"layer{stage + 1}")(out)
-        return self.linear(F.relu(self.bn(out)).mean((2, 3)))
+        return self.linear(F.relu(normalise(self.bn, out)).mean((2, 3)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import DATASETS, Split, _augment, batches, load_dataset, number_of_batches
+from data import DATASETS, Split, _Cuts, _from_workers, batches, load_dataset, number_of_batches
 
 
 def digest(tensor: Tensor) -> str:
@@ -123,7 +124,8 @@ def test_augment_is_a_crop_perhaps_mirrored(shape: tuple[int, int, int], padding
     expected = {cut(image, padding, *kind).numpy().tobytes(): kind for kind in kinds}
     assert len(expected) == len(kinds)
     n = 80 * len(kinds)
-    out = _augment(image.expand(n, *shape), padding, flip, torch.Generator().manual_seed(1))
+    split = Split(image.expand(n, *shape), torch.zeros(n, dtype=torch.int64), 255, padding, flip)
+    out, _ = _Cuts(split, n, torch.Generator().manual_seed(1))[0]
     assert out.shape == (n, *shape)
     assert out.dtype == torch.uint8
     assert out.is_contiguous()
@@ -136,10 +138,35 @@ def test_augment_is_a_crop_perhaps_mirrored(shape: tuple[int, int, int], padding
 
 def test_augment_keeps_images_apart() -> None:
     images = torch.arange(1, 31, dtype=torch.uint8).view(30, 1, 1, 1).expand(30, 3, 4, 4)
-    out = _augment(images, 1, True, torch.Generator().manual_seed(0))
-    for i, image in enumerate(out):
-        assert set(image.unique().tolist()) <= {0, i + 1}
+    out, labels = _Cuts(Split(images, torch.arange(1, 31), 255, 1, True), 30, torch.Generator().manual_seed(0))[0]
+    for image, label in zip(out, labels, strict=True):
+        assert set(image.unique().tolist()) <= {0, int(label)}
         assert torch.equal(image[0], image[1])
+
+
+@pytest.mark.parametrize("n", [1, 23])
+def test_workers_cut_the_same_batches(n: int) -> None:
+    split = numbered(n, flip=True)
+    cuts = _Cuts(split, 8, torch.Generator().manual_seed(0))
+    here, there = [cuts[i] for i in range(len(cuts))], list(_from_workers(cuts, torch.device("cpu")))
+    assert len(here) == len(there) == number_of_batches(n, 8)
+    for (x, y), (other_x, other_y) in zip(here, there, strict=True):
+        assert torch.equal(x, other_x)
+        assert torch.equal(y, other_y)
+
+
+def test_a_split_on_another_device_goes_through_the_workers() -> None:
+    # `meta` stands in for a GPU: the batches arrive there.
+    for x, y in batches(numbered(10), 4, 0, 0, torch.device("meta")):
+        assert (x.device.type, y.device.type, x.dtype) == ("meta", "meta", torch.float32)
+
+
+def test_cutting_on_a_device_never_waits_for_it() -> None:
+    split = replace(
+        numbered(10, flip=True), images=numbered(10).images.to("meta"), labels=torch.zeros(10, device="meta")
+    )
+    shapes = [x.shape[0] for x, _ in batches(split, 4, 0, 0, torch.device("meta"))]
+    assert shapes == [4, 4, 2]
 
 
 def test_digits_are_never_mirrored() -> None:

@@ -294,7 +294,7 @@ def test_union_only_needs_no_point_that_is_right(network: nn.Module, points: Poi
 
 
 def test_bf16_counts_what_is_wrong_in_float32_too(trained: nn.Module, points: Points, tmp_path: Path) -> None:
-    budget = Budget(n_iter=N_ITER, bf16=True)
+    budget = Budget(n_iter=N_ITER, amp="bf16")
     fast = evaluate(trained, points, THREATS, CPU, budget, folder=tmp_path, progress=False)
     exact = evaluate(trained, points, THREATS, CPU, Budget(n_iter=N_ITER), progress=False)
     check_images(tmp_path, fast, trained, points)
@@ -314,7 +314,7 @@ def test_bf16_that_errs_breaks_nothing(trained: nn.Module, points: Points, tmp_p
             return -logits
         return logits
 
-    result = evaluate(model, points, THREATS[:1], CPU, Budget(n_iter=4, bf16=True), folder=tmp_path, progress=False)
+    result = evaluate(model, points, THREATS[:1], CPU, Budget(n_iter=4, amp="bf16"), folder=tmp_path, progress=False)
     tally = result.tallies[THREATS[0]]
     assert low == int(tally.passes.sum()) > 0
     check_images(tmp_path, result, trained, points)
@@ -399,7 +399,7 @@ def test_robust_accuracy_agrees_with_pyautoattack_and_bf16_with_float32(norm: st
     points, threat = digits(500), Threat(norm, RADII["digits"][norm] / 2)  # type: ignore[arg-type, index]
     ours = float(evaluate(resnet, points, [threat], CPU, progress=False).robust(threat).float().mean())
     bf16 = float(
-        evaluate(resnet, points, [threat], CPU, Budget(bf16=True), progress=False).robust(threat).float().mean()
+        evaluate(resnet, points, [threat], CPU, Budget(amp="bf16"), progress=False).robust(threat).float().mean()
     )
     other = pyautoattack.AutoAttack(resnet, norm=norm, eps=threat.eps, version="standard", seed=0, device="cpu")
     other.attacks_to_run = ["apgd-ce", "apgd-t"]

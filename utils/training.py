@@ -85,37 +85,59 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-class Meter:
-    """An epoch's losses and accuracies, apart for each of `names` (one row, called clean, if there are none)."""
+class OnItsWay:
+    """A number on its way from a GPU to the host, which goes on meanwhile."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, value: torch.Tensor) -> None:
+        cuda = value.is_cuda
+        self.copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda)
+        self.copy.copy_(value, non_blocking=cuda)
+        self.arrived = torch.cuda.Event() if cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def item(self) -> float:
+        """The number; waits until it is here."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy.item()
+
+
+class Meter:
+    """An epoch's losses and accuracies, apart for each of `names` (one row, called clean, if there are none).
+
+    They stay on the device, which is asked for them once, by `record`.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = list(names) or ["clean"]
-        self.loss, self.right, self.seen, self.batches = ([0.0] * len(self.names) for _ in range(4))
+        self.sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)  # of loss, of right answers
+        self.seen, self.batches = ([0] * len(self.names) for _ in range(2))
         self.start = time.time()
 
     def observe(self, index: int, loss: torch.Tensor, right: torch.Tensor) -> None:
         """Count an update: its mean loss, right (B,) bool."""
-        self.loss[index] += loss.item() * len(right)
-        self.right[index] += int(right.sum())
+        self.sums[index] += torch.stack([loss.detach() * len(right), right.sum()])
         self.seen[index] += len(right)
         self.batches[index] += 1
 
     def record(self, epoch: int, lr: float, running_errors: Sequence[float]) -> dict[str, Any]:
-        """The epoch's JSON line; a name that was never drawn has null for loss and error."""
+        """The epoch's JSON line; a name that was never drawn has null for loss and error. Waits for the device."""
+        losses, rights = self.sums.cpu().T.tolist()
         seconds = time.time() - self.start
         running: list[float | None] = [*running_errors] or [None]
         rows = {
             name: {
-                "loss": round(self.loss[i] / self.seen[i], 4) if self.seen[i] else None,
-                "error": round(1 - self.right[i] / self.seen[i], 4) if self.seen[i] else None,
+                "loss": round(losses[i] / self.seen[i], 4) if self.seen[i] else None,
+                "error": round(1 - rights[i] / self.seen[i], 4) if self.seen[i] else None,
                 "running_error": running[i],
                 "drawn": round(self.batches[i] / sum(self.batches), 4),
             }
             for i, name in enumerate(self.names)
         }
         total = {
-            "loss": round(sum(self.loss) / sum(self.seen), 4),
-            "error": round(1 - sum(self.right) / sum(self.seen), 4),
+            "loss": round(sum(losses) / sum(self.seen), 4),
+            "error": round(1 - sum(rights) / sum(self.seen), 4),
         }
         speed = {"seconds": round(seconds, 2), "images_per_second": round(sum(self.seen) / seconds, 1)}
         return {"epoch": epoch, "lr": lr, **total, "norms": rows, **speed}
