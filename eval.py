@@ -18,8 +18,9 @@ from typing import Any
 
 from attacks.examples import telling_examples
 from attacks.results import Evaluation, as_json, paired, robustbench_fields
-from attacks.standard import Budget, Points, evaluate
+from attacks.standard import evaluate
 from attacks.threat import NORMS, threats_for
+from attacks.work import Budget, Points
 from data import DATASETS, load_dataset
 from models.pretrained import check_fits, load_model
 from utils.checkpoint import fingerprint

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from attacks.apgd import Model, apgd
 from attacks.multinorm import EAT
 from attacks.results import Evaluation, as_json, summarise
-from attacks.standard import Budget, Points, evaluate
+from attacks.standard import evaluate
 from attacks.threat import NORMS, RADII, Threat, threats_for
+from attacks.work import Budget, Points
 from data import DATASETS, Dataset, Split, batches, load_dataset, number_of_batches, on_device
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS

@@ -251,11 +251,11 @@ class Sparse:
         nonzeros = (rows.best_delta != 0).flatten(1).sum(1).to(rows.step.dtype)
         n = rows.x[0].numel()
         sparser = check & (nonzeros < 0.95 * rows.nonzeros)
-        at_x = starts & (nonzeros == 0)
+        fresh = (rows.tick == 0) | (starts & (nonzeros == 0))  # a run's start, however dense, or the clean point
         smaller = torch.maximum(rows.step / 1.5, eps / 10)
         rows.step = torch.where(starts | sparser, eps, torch.where(check, smaller, rows.step))
-        rows.keep = torch.where(at_x, self.share * n, torch.where(check | starts, nonzeros / 1.5, rows.keep))
-        rows.nonzeros = torch.where(at_x, n, torch.where(check | starts, nonzeros, rows.nonzeros))
+        rows.keep = torch.where(fresh, self.share * n, torch.where(check | starts, nonzeros / 1.5, rows.keep))
+        rows.nonzeros = torch.where(fresh, n, torch.where(check | starts, nonzeros, rows.nonzeros))
         return sparser
 
 

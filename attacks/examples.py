@@ -10,7 +10,7 @@ import torch
 
 from attacks.apgd import Model
 from attacks.results import Evaluation
-from attacks.standard import Points, image_path
+from attacks.work import Points, image_path
 from utils.journal import ImageFile
 from utils.report import Example
 

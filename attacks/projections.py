@@ -6,6 +6,8 @@ and gives the nearest allowed delta.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,21 +52,25 @@ def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 10) -> Tens
     return delta.sign() * torch.minimum(unit * shrink, room).view(delta.shape)
 
 
-def project_l1(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 30) -> Tensor:
+def project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     """Nearest point to delta (B, ...) with L1 norm <= eps (B,) and x + delta in [0, 1] (arXiv 2103.01208, section 3).
 
     It is sign(delta) * min(max(|delta| - t, 0), room) for the smallest t >= 0 that meets the radius, found by bisection up to
-    2**-n_steps of the largest entry. (Newton's method was faster but missed the right piece on heavy-tailed deltas: docs/LOG.md.)
+    the resolution of the largest entry. (Faster converging methods miss the right piece on some deltas: docs/LOG.md.)
     """
     size, room = _size_and_room(delta, x)
-    fits = torch.minimum(size, room).sum(1, keepdim=True) <= eps[:, None]
+    zero = size.new_zeros(())
+    left = torch.minimum(size, room)
+    fits = left.sum(1, keepdim=True) <= eps[:, None]
     low = torch.zeros_like(size[:, :1])
     high = torch.where(fits, 0, size.amax(1, keepdim=True))
-    for _ in range(n_steps):
+    for _ in range(1 - round(math.log2(torch.finfo(size.dtype).eps))):
         t = (low + high) / 2
-        outside = torch.minimum((size - t).clamp_(min=0), room).sum(1, keepdim=True) > eps[:, None]
+        torch.clamp(torch.sub(size, t, out=left), zero, room, out=left)  # in place: memory traffic is the cost here
+        outside = left.sum(1, keepdim=True) > eps[:, None]
         low, high = torch.where(outside, t, low), torch.where(outside, high, t)
-    return delta.sign() * torch.minimum((size - high).clamp(min=0), room).view(delta.shape)
+    torch.clamp(torch.sub(size, high, out=left), zero, room, out=left)
+    return torch.copysign(left, delta.flatten(1)).view(delta.shape)
 
 
 def _size_and_room(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
 from attacks.results import summarise
-from attacks.standard import Budget, Points, evaluate
+from attacks.standard import evaluate
 from attacks.threat import NORMS, Threat, threats_for
+from attacks.work import Budget, Points
 from data import load_dataset
 from models.pretrained import load_model
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list

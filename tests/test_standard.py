@@ -17,8 +17,9 @@ from attacks import apgd as apgd_module
 from attacks.apgd import EVALUATION_SHARE, apgd, shrinking
 from attacks.losses import cross_entropy, dlr_targeted
 from attacks.results import Evaluation, Run
-from attacks.standard import Budget, Points, evaluate, image_path, random_starts
+from attacks.standard import evaluate
 from attacks.threat import NORMS, RADII, Threat, threats_for
+from attacks.work import Budget, Points, image_path, random_starts
 from data import load_dataset
 from models import build_model
 from utils.training import parameter_groups
@@ -105,13 +106,16 @@ def test_each_run_is_that_of_a_lock_step_attack_cut_at_the_first_break(
     x, y = points.x(torch.arange(N)), points.y
     order = network(x).argsort(dim=1, descending=True)
     right = order[:, 0] == y
-    stages = shrinking(threat.eps, N_ITER) if threat.norm == "L1" else [(threat.eps, N_ITER)]
-    ignored = sum(steps + 1 for _, steps in stages[:-1])
-    ticks = sum(steps + 1 for _, steps in stages)
-    passes, broken_by = torch.zeros(N, 10, dtype=torch.int32), torch.full((N,), -1)
     tally = whole.tallies[threat]
+    passes, broken_by = torch.zeros(N, len(tally.runs), dtype=torch.int32), torch.full((N,), -1)
+    assert len(tally.runs) == (11 if threat.norm == "L1" else 10)
     for number, run in enumerate(tally.runs):
-        loss = cross_entropy if run.kind == "CE" else partial(dlr_targeted, target=order[:, run.number])
+        stages = shrinking(threat.eps, N_ITER) if threat.norm == "L1" else [(threat.eps, N_ITER)]
+        if run.kind == "brief":
+            stages = [(threat.eps, N_ITER // 5)]
+        ignored = sum(steps + 1 for _, steps in stages[:-1])
+        ticks = sum(steps + 1 for _, steps in stages)
+        loss = partial(dlr_targeted, target=order[:, run.number]) if run.kind == "T" else cross_entropy
         start = random_starts(x, range(N), threat, [run] * N, seed=0)
         wrong: list[Tensor] = []
 
@@ -225,7 +229,7 @@ def test_few_classes(classes: int) -> None:
     weak, strong = threats_for("cifar10", NORMS, [1e-4, 1e-4, 1e-4]), threats_for("cifar10", NORMS, [0.5, 2.0, 6.0])
     result = evaluate(model, points, [*weak, *strong], CPU, Budget(n_iter=20), progress=False)
     for threat in strong:
-        assert len(result.tallies[threat].runs) == classes - 1 + (5 if threat.norm == "L1" else 1)
+        assert len(result.tallies[threat].runs) == classes - 1 + (6 if threat.norm == "L1" else 1)
         assert not bool(result.robust(threat).any())
     for threat in weak:
         assert bool(result.robust(threat).all())
