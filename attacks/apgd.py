@@ -174,12 +174,11 @@ class APGD:
         step = rows.delta + _rows(rows.step, rows.x) * self.controller.direction(rows)
         new = project(torch.where(_rows(starts, rows.x), rows.best_delta, step), rows.x, self.norm, eps)
         if self.controller.momentum:
-            # None in a stage's first step, where there is no step before.
+            # 0.75 (new - delta) + 0.25 (delta - previous) from delta; in a stage's first step, with no step before, new alone.
             alone = starts | self.starts[rows.tick - 1]
-            blend = (
-                0.75 * new + 0.5 * rows.delta - 0.25 * rows.previous
-            )  # 0.75 (z - delta) + 0.25 (delta - previous), from delta
-            new = torch.where(_rows(alone, rows.x), new, project(blend, rows.x, self.norm, eps))
+            share = _rows(torch.where(alone, 0, 0.25).to(new.dtype), new)
+            blend = torch.lerp(new, 2 * rows.delta - rows.previous, share)
+            new = project(blend, rows.x, self.norm, eps)
         rows.previous, rows.delta = rows.delta, new
 
 
@@ -240,9 +239,8 @@ class Sparse:
     def direction(self, rows: Rows) -> Tensor:
         """The signs of the largest entries of the gradient, length 1 in L1."""
         size = rows.grad.flatten(1).abs()
-        rank = rows.keep.ceil().long().clamp(1, size.shape[1]) - 1
-        threshold = size.sort(dim=1, descending=True).values.gather(1, rank[:, None])
-        signs = torch.where(size >= threshold, rows.grad.flatten(1).sign(), 0)
+        count = rows.keep.ceil().clamp(1, size.shape[1])[:, None]
+        signs = rows.grad.flatten(1).sign() * (size >= kth_largest(size, count))
         return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view(rows.grad.shape)
 
     def adapt(self, rows: Rows, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
@@ -257,6 +255,23 @@ class Sparse:
         rows.keep = torch.where(fresh, self.share * n, torch.where(check | starts, nonzeros / 1.5, rows.keep))
         rows.nonzeros = torch.where(fresh, n, torch.where(check | starts, nonzeros, rows.nonzeros))
         return sparser
+
+
+def kth_largest(size: Tensor, k: Tensor) -> Tensor:
+    """The k-th (B, 1) largest, from 1, of each row of size (B, N), all >= 0: (B, 1).
+
+    By bisection of the bits, which are in the order of the values. A sort costs many times as much (docs/LOG.md); topk needs one k
+    for all rows.
+    """
+    whole, steps = (torch.int64, 63) if size.dtype == torch.float64 else (torch.int32, 31)
+    low = torch.zeros_like(size[:, :1]).view(whole)  # at least k are >= low, fewer are >= high
+    high = size.amax(1, keepdim=True).view(whole) + 1
+    chosen = torch.empty_like(size)
+    for _ in range(steps):
+        middle = low + (high - low) // 2
+        enough = torch.ge(size, middle.view(size.dtype), out=chosen).sum(1, keepdim=True) >= k
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.view(size.dtype)
 
 
 def _rows(per_example: Tensor, like: Tensor) -> Tensor:

@@ -34,22 +34,26 @@ def project_linf(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
 def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 10) -> Tensor:
     """Nearest point to delta (B, ...) with L2 norm <= eps (B,) and x + delta in [0, 1].
 
-    It is sign(delta) * min(s |delta|, room) for the largest s <= 1 that meets the radius. Each step solves for s with the entries
-    that now touch the box held there; s only grows, so every step stays in the ball and the answer is exact once that set is.
+    It is sign(delta) * min(s |delta|, room) for the largest s <= 1 that meets the radius: a root of the concave function
+    sum(min(s^2 delta^2, room^2)) - eps^2 of s^2. Newton's steps come from below, so each stays in the ball, and the answer is exact
+    once the entries that touch the box are found.
     """
     size, room = _size_and_room(delta, x)
     # Dividing by the largest entry first keeps the squares of huge steps finite.
     scale = size.amax(1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
     unit = size / scale
-    shrink = torch.zeros_like(scale)
+    unit2, room2, left, free = unit.square(), room.square(), torch.empty_like(unit), torch.empty_like(unit)
+    shrink2 = torch.zeros_like(scale)  # (s * scale)^2
     for _ in range(n_steps):
-        touching = unit * shrink >= room
-        left = (eps[:, None] ** 2 - torch.where(touching, room, 0).square().sum(1, keepdim=True)).clamp(min=0)
-        free = torch.where(touching, 0, unit).square().sum(1, keepdim=True)
-        shrink = torch.maximum(
-            shrink, torch.minimum((left / free).sqrt().nan_to_num(posinf=torch.finfo(size.dtype).max), scale)
-        )
-    return delta.sign() * torch.minimum(unit * shrink, room).view(delta.shape)
+        torch.mul(unit2, shrink2, out=left)
+        slope = (
+            torch.lt(left, room2, out=free).mul_(unit2).sum(1, keepdim=True)
+        )  # 0 and 1 as floats: bool is slow on CPUs
+        missing = eps[:, None] ** 2 - torch.minimum(left, room2, out=left).sum(1, keepdim=True)
+        more = (missing / slope).nan_to_num(0, posinf=torch.finfo(size.dtype).max)
+        shrink2 = torch.maximum(shrink2, shrink2 + more)
+    shrink = torch.minimum(shrink2.sqrt(), scale)
+    return torch.copysign(torch.minimum(torch.mul(unit, shrink, out=left), room), delta.flatten(1)).view(delta.shape)
 
 
 def project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:

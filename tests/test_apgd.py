@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.apgd import APGD, EVALUATION_SHARE, Attacked, Halving, Rows, apgd, judge, shrinking
+from attacks.apgd import APGD, EVALUATION_SHARE, Attacked, Halving, Rows, apgd, judge, kth_largest, shrinking
 from attacks.losses import cross_entropy, dlr, margin_targeted
 from attacks.projections import project
 from attacks.threat import NORMS, Norm, Threat
@@ -428,3 +428,16 @@ def test_zero_gradient_is_harmless(norm: Norm) -> None:
     result = apgd(flat, x, y, Threat(norm, RADII[norm]), 10)
     assert bool(result.x_best.isfinite().all())
     assert bool(Threat(norm, RADII[norm]).contains(x, result.x_best).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
+    draws = generator(0)
+    size = (
+        torch.randn(40, 33, generator=draws, dtype=dtype).abs()
+        * 10 ** torch.linspace(-40, 30, 40, dtype=dtype)[:, None]
+    )
+    size[1::3] = size[1::3].round(decimals=0)  # ties, and rows of zeros
+    k = torch.randint(1, 34, (40, 1), generator=draws)
+    expected = size.sort(dim=1, descending=True).values.gather(1, k - 1)
+    assert torch.equal(kth_largest(size, k.to(dtype)), expected)

@@ -1,0 +1,153 @@
+"""Number formats, layouts and compiled networks give what the plain ones give, and an update never waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models.preact_resnet as preact_resnet
+import train
+from attacks.apgd import apgd, judge
+from attacks.losses import cross_entropy
+from attacks.threat import NORMS, RADII, Norm, Threat
+from data import load_dataset
+from models import build_model
+from utils.speed import check_format, in_format, set_up
+from utils.training import Meter, OnItsWay, frozen
+
+CPU = torch.device("cpu")
+
+
+def wide(width: int = 16) -> nn.Module:
+    """A network whose BatchNorms have statistics of their own."""
+    torch.manual_seed(0)
+    model = build_model("preact-resnet18", in_channels=3, width=width)
+    for _ in range(3):
+        model(torch.rand(16, 3, 12, 12))
+    return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The same weights laid out plainly."""
+    other = build_model("preact-resnet18", in_channels=3, width=model.conv1.out_channels)
+    other.layout = torch.contiguous_format  # type: ignore[assignment]
+    other.to(memory_format=torch.contiguous_format).load_state_dict(model.state_dict())
+    return other.train(model.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_and_folded_statistics_change_nothing(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide().train(training)
+    other = plain(model)
+    assert model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    x = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+    def gradients(network: nn.Module) -> list[Tensor]:
+        images = x.clone().requires_grad_(True)
+        loss = network(images).logsumexp(1).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, [images, *network.parameters()])]
+
+    ours = [gradients(model) for _ in range(3)]  # three times: memory that is corrupted differs from call to call
+    monkeypatch.setattr(preact_resnet, "normalise", lambda bn, value: bn(value))
+    expected = gradients(other)
+    for found in ours:
+        assert found[1].is_contiguous()
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("width", [4, 8, 24])
+def test_narrow_networks_stay_plain(width: int) -> None:
+    weight = build_model("preact-resnet18", width=width).layer1[0].conv1.weight
+    assert weight.is_contiguous()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: Norm, trained: nn.Module) -> None:
+    x, y = load_dataset("digits", "").test.first(64).pixels()
+    threat = Threat(norm, RADII["digits"][norm])
+    whole = apgd(trained, x, y, threat, 10)
+    half = apgd(in_format(trained, CPU, amp), x, y, threat, 10)  # type: ignore[arg-type]
+    assert half.x_best.dtype == half.loss.dtype == torch.float32
+    assert bool(threat.contains(x, half.x_best).all())
+    reached = F.cross_entropy(trained(half.x_best), y)
+    assert float(reached) == pytest.approx(float(whole.loss.mean()), rel=0.02)
+
+
+def test_small_gradients_survive_float16() -> None:
+    # The gradient of a sure answer's cross-entropy, 2e-8 here, is no float16.
+    weight = torch.tensor([[0.5, -0.5], [-0.25, 0.25]])
+    model = in_format(nn.Linear(2, 2, bias=False), CPU, "fp16")
+
+    def network(x: Tensor) -> Tensor:
+        return x.half() @ weight.half() + torch.tensor([17.0, 0.0], dtype=torch.float16)
+
+    assert model(torch.rand(1, 2)).dtype == torch.float16
+    _, grad, _ = judge(network, torch.full((1, 2), 0.5), torch.tensor([0]), cross_entropy, True)
+    assert grad.sign().tolist() == [[-1.0, 1.0]]
+
+
+def test_fp16_is_for_cuda() -> None:
+    check_format(CPU, "bf16")
+    with pytest.raises(ValueError, match="take bf16"):
+        check_format(CPU, "fp16")
+
+
+def test_set_up_sets_threads_and_what_suits_training() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_up(1, tf32=True)
+        assert torch.get_num_threads() == 1
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+    finally:
+        set_up(before, tf32=False)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+
+
+@pytest.mark.parametrize("norm", [None, *NORMS])
+def test_an_update_and_its_statistics_run_on_meta(norm: Norm | None) -> None:
+    """Nothing there has a value: whatever waited for one would fail."""
+    meta = torch.device("meta")
+    with meta:
+        model = build_model("preact-resnet18", in_channels=3, width=16).train()
+        x, y = torch.rand(8, 3, 12, 12), torch.zeros(8, dtype=torch.int64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    meter = Meter(["clean"], meta)
+    if norm:
+        with frozen(model):
+            x = apgd(model.eval(), x, y, Threat(norm, 0.5), 3).x_best
+        model.train()
+    loss, right = train.update(model, optimizer, scaler, x, y)
+    meter.observe(0, loss, right)
+    assert (loss.device, right.shape, meter.sums.device) == (meta, (8,), meta)
+
+
+def test_an_update_in_fp16_scales_its_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    x, y = load_dataset("digits", "").train.first(32).pixels()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    losses = [float(train.update(in_format(model, CPU, "fp16"), optimizer, scaler, x, y)[0]) for _ in range(30)]
+    assert losses[-1] < losses[0] / 2
+    assert scaler.get_scale() >= 1
+
+
+def test_a_number_on_its_way_is_not_changed_by_what_comes_after() -> None:
+    value = torch.tensor(3)
+    coming = OnItsWay(value)
+    value += 1
+    assert coming.item() == 3
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_alike() -> None:
+    flags = ["--dataset=digits", "--width=16", "--n_ex_train=128", "--epochs=1", "--attack=apgd", "--at_iter=2"]
+    folders = [train.main([*flags, f"--notes_run={word}", *more]) for word, more in (("a", []), ("b", ["--compile"]))]
+    one, other = (torch.load(folder / "ep_1.pth", weights_only=True)["state_dict"] for folder in folders)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-3)
