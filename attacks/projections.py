@@ -31,7 +31,7 @@ def project_linf(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(delta, (-x).clamp(min=-eps)), (1 - x).clamp(max=eps))
 
 
-def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 10) -> Tensor:
+def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 8) -> Tensor:
     """Nearest point to delta (B, ...) with L2 norm <= eps (B,) and x + delta in [0, 1].
 
     It is sign(delta) * min(s |delta|, room) for the largest s <= 1 that meets the radius: a root of the concave function
@@ -43,13 +43,13 @@ def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 10) -> Tens
     scale = size.amax(1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
     unit = size / scale
     unit2, room2, left, free = unit.square(), room.square(), torch.empty_like(unit), torch.empty_like(unit)
-    shrink2 = torch.zeros_like(scale)  # (s * scale)^2
+    radius2, shrink2 = eps[:, None] ** 2, torch.zeros_like(scale)  # (s * scale)^2
     for _ in range(n_steps):
         torch.mul(unit2, shrink2, out=left)
         slope = (
             torch.lt(left, room2, out=free).mul_(unit2).sum(1, keepdim=True)
         )  # 0 and 1 as floats: bool is slow on CPUs
-        missing = eps[:, None] ** 2 - torch.minimum(left, room2, out=left).sum(1, keepdim=True)
+        missing = radius2 - torch.minimum(left, room2, out=left).sum(1, keepdim=True)
         more = (missing / slope).nan_to_num(0, posinf=torch.finfo(size.dtype).max)
         shrink2 = torch.maximum(shrink2, shrink2 + more)
     shrink = torch.minimum(shrink2.sqrt(), scale)

@@ -22,11 +22,11 @@ ORDER = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}
 
 
 def adv_lib(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, n_iter: int) -> Tensor:
-    """The points of highest loss."""
-    from adv_lib.attacks.auto_pgd import apgd
+    """The points of highest loss, of one run: its public function makes 100 steps where it is asked for those, whatever n_iter is."""
+    from adv_lib.attacks.auto_pgd import _apgd
 
-    norm = ORDER[threat.norm]
-    found: Tensor = apgd(model, x, y, threat.eps, norm, n_iter=n_iter, loss_function="ce", best_loss=True)
+    eps = torch.full((len(x),), threat.eps, device=x.device)
+    found: Tensor = _apgd(model, x, y, eps, ORDER[threat.norm], n_iter=n_iter, loss_function="ce")[0]
     return found
 
 

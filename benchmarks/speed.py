@@ -1,0 +1,351 @@
+"""`make bench`: what training and attacking cost beside the plain way and other libraries, on this machine, in paired runs.
+
+python benchmarks/speed.py --rows='update projection' --runs=3     some rows, fewer runs
+python benchmarks/speed.py --picture=docs/performance.png          where the time of an update goes
+
+Rows are markdown: median ratio (the other's time over ours), smallest and largest, goal. docs/PERFORMANCE.md has results.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
+
+import attacks.apgd as apgd_module
+import train
+from attacks.projections import project_l1
+from attacks.threat import NORMS, Norm, Threat, threats_for
+from benchmarks import libraries
+from data import Split, batches, load_dataset
+from models import build_model
+from utils.cli import Parser, add_flag, positive_int, word_list
+from utils.speed import Amp, in_format
+from utils.training import eval_mode, frozen
+
+CPU = torch.device("cpu")
+Work = Callable[[], Any]
+
+
+def seconds(work: Work) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rounds(works: dict[str, Work], runs: int) -> dict[str, list[float]]:
+    """Seconds of each in turn, `runs` times after a first one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(runs + 1):
+        for name, work in works.items():
+            spent = seconds(work)
+            if number:
+                times[name].append(spent)
+    return times
+
+
+def row(what: str, ratios: list[float], goal: str, more: str = "") -> None:
+    """One line of the table."""
+    print(f"| {what} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {goal} | {more} |", flush=True)
+
+
+def over(times: dict[str, list[float]], other: str, ours: str) -> list[float]:
+    """The other's time over ours, run by run."""
+    return [a / b for a, b in zip(times[other], times[ours], strict=True)]
+
+
+def network(plain: bool) -> nn.Module:
+    """The PreAct ResNet-18 for CIFAR-10; plain: laid out NCHW, F.softplus, BatchNorm as it is."""
+    torch.manual_seed(0)
+    model = build_model("preact-resnet18")
+    if plain:
+        model.layout = torch.contiguous_format  # type: ignore[assignment]
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        for block in model.modules():
+            if hasattr(block, "bn1"):
+                block.forward = MethodType(plain_forward, block)
+    return model
+
+
+def plain_forward(block: Any, x: Tensor) -> Tensor:
+    """A block written down without a thought of speed."""
+    out = F.softplus(block.bn1(x))
+    skip = block.shortcut(out) if hasattr(block, "shortcut") else x
+    out = block.conv2(F.softplus(block.bn2(block.conv1(out))))
+    return out + skip
+
+
+def updater(batch_size: int, n_iter: int, amp: Amp | None) -> Callable[[Norm], None]:
+    """An update with the attack in a norm; amp None: the plain way, with adv-lib's APGD."""
+    model = network(plain=amp is None).train()
+    forward = in_format(model, CPU, amp or "off")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.rand(batch_size, 3, 32, 32, generator=draws), torch.randint(0, 10, (batch_size,), generator=draws)
+
+    def update(norm: Norm) -> None:
+        [threat] = threats_for("cifar10", [norm])
+        if amp is None:
+            model.eval()
+            x_adv = libraries.adv_lib(model, x, y, threat, n_iter)
+            model.train()
+        else:
+            with eval_mode(model), frozen(model):
+                x_adv = apgd_module.apgd(forward, x, y, threat, n_iter).x_best
+        train.update(forward, optimizer, scaler, x_adv, y)
+
+    return update
+
+
+@contextmanager
+def timed_passes() -> Iterator[list[float]]:
+    """Seconds of the attacks' passes (forward, loss, backward to the images) inside."""
+    spent: list[float] = []
+    judge = apgd_module.judge
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        found = judge(*args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return found
+
+    apgd_module.judge = timed  # type: ignore[assignment]
+    try:
+        yield spent
+    finally:
+        apgd_module.judge = judge
+
+
+def rows_update(batch_size: int, runs: int) -> None:
+    """An E-AT update (the mean of one with Linf and one with L1) against the plain way."""
+    ways: dict[str, Amp | None] = {"plain": None, "float32": "off", "bf16": "bf16"}
+    updates = {name: updater(batch_size, 10, amp) for name, amp in ways.items()}
+    works: dict[str, Work] = {n: partial(lambda u: [u(norm) for norm in ("Linf", "L1")], u) for n, u in updates.items()}
+    times = rounds(works, runs)
+    told = {name: f"{median(values) / 2:.1f} s" for name, values in times.items()}
+    row("E-AT update, float32", over(times, "plain", "float32"), "1.6", f"{told['float32']}, plain {told['plain']}")
+    row("E-AT update, bf16", over(times, "plain", "bf16"), "3", f"{told['bf16']}, plain {told['plain']}")
+
+
+def rows_overhead(batch_size: int, runs: int) -> None:
+    """Time of the attack over time of its passes, in one and the same run."""
+    model = network(plain=False).eval().requires_grad_(False)
+    x, y = torch.rand(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
+    for threat in threats_for("cifar10", NORMS):
+        ratios = []
+        for _ in range(runs):
+            with timed_passes() as spent:
+                whole = seconds(partial(apgd_module.apgd, model, x, y, threat, 4))
+            ratios.append(whole / sum(spent))
+        ratios = [round(ratio, 4) for ratio in ratios]
+        goal = "at most 1.03" if threat.norm == "L1" else "at most 1.02"
+        print(
+            f"| attack over its bare passes, {threat.norm} | {median(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f}) | {goal} | |",
+            flush=True,
+        )
+
+
+def digits_network() -> nn.Module:
+    """A PreAct ResNet-18 of width 16 that has learned the digits."""
+    torch.manual_seed(0)
+    model = build_model("preact-resnet18", in_channels=1, width=16)
+    x, y = load_dataset("digits", "").train.pixels()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(4):
+        for chosen in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def rows_libraries(batch_size: int, runs: int) -> None:
+    """One run of APGD on the cross-entropy: time, and the loss of the points that come back."""
+    model = digits_network()
+    x, y = load_dataset("digits", "").test.first(batch_size).pixels()
+
+    def ours(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, n_iter: int) -> Tensor:
+        return apgd_module.apgd(model, x, y, threat, n_iter, share=apgd_module.EVALUATION_SHARE).x_best
+
+    for threat in threats_for("digits", NORMS):
+        for n_iter in (10, 100):
+            used = {n: f for n, f in libraries.ATTACKS.items() if threat.norm in libraries.NORMS_OF[n]} | {"ours": ours}
+            works: dict[str, Work] = {name: partial(f, model, x, y, threat, n_iter) for name, f in used.items()}
+            torch.manual_seed(0)
+            losses = {name: float(F.cross_entropy(model(work()), y)) for name, work in works.items()}
+            times = rounds(works, runs)
+            for name in used:
+                if name != "ours":
+                    more = f"loss {losses['ours']:.3f}, {name} {losses[name]:.3f}; ours {median(times['ours']):.2f} s"
+                    row(f"APGD {threat.norm}, {n_iter} steps, {name}", over(times, name, "ours"), "above 1", more)
+
+
+def rows_projection(batch_size: int, runs: int) -> None:
+    """L1 ball and box: after a step of the attack, whose points are sparse."""
+    from adv_lib.attacks.auto_pgd import l1_projection
+
+    for n, size, eps in ((128, 3072, 12.0), (16, 150_528, 255.0)):
+        draws = torch.Generator().manual_seed(0)
+        x, grad = torch.rand(n, size, generator=draws), torch.randn(n, size, generator=draws)
+        radius = torch.full((n,), eps)
+        delta = project_l1(0.1 * torch.randn(n, size, generator=draws), x, radius)
+        k = size // 20
+        delta += eps / k * grad.sign() * (grad.abs() >= grad.abs().topk(k, 1).values[:, -1:])
+        exact = project_l1(delta.double(), x.double(), radius.double())
+        error = float((project_l1(delta, x, radius) - exact).abs().max())
+        works: dict[str, Work] = {
+            "ours": partial(project_l1, delta, x, radius),
+            "adv-lib": partial(l1_projection, x, delta, radius),
+        }
+        times = rounds(works, 4 * runs)
+        more = f"{1000 * median(times['ours']):.1f} ms, adv-lib {1000 * median(times['adv-lib']):.1f} ms; error {error:.0e}"
+        row(f"projection on L1 ball and box, {n} x {size}", over(times, "adv-lib", "ours"), "4", more)
+
+
+def rows_batches(batch_size: int, runs: int) -> None:
+    """An epoch of 10,000 random CIFAR-10-like images against torchvision's transforms and a DataLoader with two workers."""
+    from torchvision import datasets, transforms
+
+    n = 10_000
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (n,))
+
+    class Images(datasets.CIFAR10):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.data, self.targets, self.target_transform = images.permute(0, 2, 3, 1).numpy(), labels.tolist(), None
+            moves = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+            self.transform = transforms.Compose(moves)
+
+    split = Split(images, labels, levels=255, padding=4, flip=True)
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(Images(), batch_size, True, num_workers=2)
+    works: dict[str, Work] = {"ours": lambda: list(batches(split, batch_size, 0, 0)), "theirs": lambda: list(loader)}
+    times = rounds(works, runs)
+    more = f"{1000 * median(times['ours']) * batch_size / n:.2f} ms a batch of {batch_size}"
+    row("batches of CIFAR-10, torchvision and DataLoader", over(times, "theirs", "ours"), "4", more)
+
+
+def rows_memory(batch_size: int, runs: int) -> None:
+    """Peak resident memory of a process that makes an update in each norm, over what it had before."""
+    peaks = {}
+    for way in ("plain", "off", "bf16"):
+        command = [sys.executable, "-W", "ignore", __file__, f"--memory={way}", f"--batch_size={batch_size}"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[way] = float(done.stdout.split()[-1])
+    for way, name in (("off", "float32"), ("bf16", "bf16")):
+        more = f"{peaks[way]:.0f} MB, plain {peaks['plain']:.0f} MB"
+        row(f"peak memory of an update, {name}", [peaks["plain"] / peaks[way]], "at least 1", more)
+
+
+def print_peak(batch_size: int, way: str) -> None:
+    """In a process of its own: MB."""
+    update = updater(batch_size, 2, None if way == "plain" else way)  # type: ignore[arg-type]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for norm in ("Linf", "L1"):
+        update(norm)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+KINDS = {
+    "convolutions": ("conv",),
+    "softplus": ("softplus", "exp", "log", "sigmoid", "neg", "relu", "clamp_min"),
+    "BatchNorm": ("batch_norm", "addcmul"),
+}
+
+
+def draw_picture(path: Path, batch_size: int) -> None:
+    """Bars: CPU time of an update with ten steps of Linf, by kind of operation, in three ways."""
+    from matplotlib.figure import Figure
+
+    ways: dict[str, Amp | None] = {"the plain way": None, "float32": "off", "--amp=bf16": "bf16"}
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, amp) in enumerate(ways.items()):
+        update = updater(batch_size, 10, amp)
+        update("Linf")
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            update("Linf")
+        spent = dict.fromkeys([*KINDS, "the rest"], 0.0)
+        for event in profiled.key_averages():
+            kind = next((k for k, words in KINDS.items() if any(w in event.key for w in words)), "the rest")
+            spent[kind] += event.self_cpu_time_total / 1e6
+        left = 0.0
+        for kind, colour in zip(spent, ("#0072b2", "#e69f00", "#009e73", "#999999"), strict=True):
+            axes.barh(place, spent[kind], left=left, color=colour, label=kind if place == 0 else None)
+            left += spent[kind]
+        print(name, {kind: round(value, 2) for kind, value in spent.items()}, flush=True)
+    axes.set_yticks(range(len(ways)), list(ways))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds of an update, {batch_size} images, 10 steps of Linf, {torch.get_num_threads()} threads")
+    axes.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.savefig(path, dpi=110)
+
+
+ROWS: dict[str, Callable[[int, int], None]] = {
+    "update": rows_update,
+    "overhead": rows_overhead,
+    "libraries": rows_libraries,
+    "projection": rows_projection,
+    "batches": rows_batches,
+    "memory": rows_memory,
+}
+
+
+def main() -> None:
+    """Print the rows that were asked for."""
+    parser = Parser(prog="benchmarks/speed.py", description=__doc__)
+    add_flag(parser, "--rows", type=word_list, default=list(ROWS), help=f"which: {' '.join(ROWS)} (all)")
+    add_flag(parser, "--runs", type=positive_int, default=5, help="paired runs (%(default)s)")
+    add_flag(parser, "--batch_size", type=positive_int, default=128, help="images (%(default)s)")
+    add_flag(parser, "--threads", type=positive_int, help="CPU threads (PyTorch's choice)")
+    add_flag(parser, "--picture", help="draw where the time of an update goes into this file, and nothing else")
+    add_flag(parser, "--memory", help="print the peak memory of one way (plain, off, bf16), and nothing else")
+    args = parser.parse_args()
+    unknown = set(args.rows) - set(ROWS)
+    if unknown:
+        parser.error(f"argument --rows: unknown {' '.join(sorted(unknown))}; choose from {' '.join(ROWS)}")
+    warnings.simplefilter("ignore")  # the other libraries' own
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory:
+        print_peak(args.batch_size, args.memory)
+    elif args.picture:
+        draw_picture(Path(args.picture), args.batch_size)
+    else:
+        start = time.time()
+        told = f"torch {torch.__version__}, {platform.machine()} {processor()}, {torch.get_num_threads()} threads"
+        print(f"{told}, {time.strftime('%Y-%m-%d')}, median of {args.runs} paired runs (smallest to largest)\n")
+        print("| what | ratio | goal | |\n|---|---|---|---|", flush=True)
+        for name in args.rows:
+            ROWS[name](args.batch_size, args.runs)
+        print(f"\n{time.time() - start:.0f} s")
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
