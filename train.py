@@ -11,6 +11,8 @@ Without --attack the training is standard: no adversarial points.
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -306,6 +308,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
             if threats:
                 eat.observe(drawn, right)
         record = meter.record(epoch + 1, optimizer.param_groups[0]["lr"], eat.errors())
+        if not math.isfinite(record["loss"]):
+            sys.exit(
+                f"train.py: epoch {epoch + 1} diverged, its loss is {record['loss']}: try a lower --lr-max. So far: {folder}"
+            )
         last = epoch + 1 == args.epochs
         if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or last):
             record["eval"] = quick_figures(model, data, args, device)

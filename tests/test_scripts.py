@@ -125,6 +125,12 @@ def test_a_norm_that_is_never_drawn_in_an_epoch_has_null_figures() -> None:
     assert all(math.isfinite(row["loss"]) for row in rows if row["loss"] is not None)
 
 
+def test_a_run_that_diverges_says_so_and_stops() -> None:
+    with pytest.raises(SystemExit, match=r"epoch 1 diverged.*--lr-max"):
+        train.main([*TINY, "--epochs=2", "--lr-max=1e30"])
+    assert sorted(path.name for path in Path("runs").glob("*/*")) == ["config.json", "env.json"]
+
+
 @pytest.mark.parametrize("script", [train, eval_script])
 def test_help_says_each_flags_default(script, capsys) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SystemExit) as stop:

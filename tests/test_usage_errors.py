@@ -75,6 +75,9 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--n_ex_train=1", "--width=4"], "--n_ex_train", "single image"),
     ([*DIGITS, "--save_dir=text.pth", "--epochs=1"], "--save_dir", "text.pth"),
     ([*DIGITS, "--epoch=1"], "--epoch", "--help"),
+    ([*DIGITS, "--amp=fp16", "--device=cpu"], "--amp", "bf16"),
+    ([*DIGITS, "--amp=half"], "--amp", "bf16"),
+    ([*DIGITS, "--threads=0"], "--threads", "at least 1"),
 ]
 EVAL_ERRORS = [
     ([], "--model_name", "name the network"),
@@ -86,6 +89,7 @@ EVAL_ERRORS = [
     (["--model_name=function.pth"], "--model_name", "nets.py:make@"),
     (["--model_name=net.pth", "--dataset=cifar10", "--data_dir=broken"], "--data_dir", "--dataset=digits"),
     (["--model_name=net.pth", "--n_iter=3"], "--n_iter", "at least 4"),
+    (["--model_name=net.pth", "--amp=fp16", "--device=cpu"], "--amp", "bf16"),
     (["--model_name=net.pth", "--attacks=pgd"], "--attacks", "standard"),
     (["--model_name=net.pth", "--baseline=absent.json"], "--baseline", "absent.json"),
     (["--model_name=net.pth", "--baseline=text.pth"], "--baseline", "not a JSON file"),
