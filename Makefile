@@ -25,10 +25,11 @@ test: lint
 test-slow: .venv/.done  # minutes: robust accuracy against pyautoattack's
 	$(PY) -m pytest -m slow
 
-.venv/libraries: .venv/.done benchmarks/requirements.txt
-	$(PY) -m pip install --quiet --no-deps --target $@ -r benchmarks/requirements.txt
+.venv/.libraries: .venv/.done benchmarks/requirements.txt
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .venv/libraries -r benchmarks/requirements.txt
+	touch $@
 
-bench: .venv/libraries  # a quarter of an hour on two cores: ratios to the plain way and to other libraries
+bench: .venv/.libraries  # a quarter of an hour on two cores: ratios to the plain way and to other libraries
 	$(PY) benchmarks/speed.py
 
 clean:

@@ -81,7 +81,9 @@ def batches(
     batch_size or the split is 1.
     """
     cuts = _Cuts(split, batch_size, generator(seed, epoch))
-    found = (cuts[i] for i in range(len(cuts))) if split.images.device == device else _from_workers(cuts, device)
+    found = (
+        (cuts[i] for i in range(len(cuts))) if split.images.device.type == device.type else _from_workers(cuts, device)
+    )
     for images, labels in found:
         yield images.float() / split.levels, labels
 
@@ -120,15 +122,10 @@ class _Cuts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def _from_workers(cuts: _Cuts, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches from a process that cuts them, pinned, and copied to the device while the one before is in work."""
+    """The batches from a process that cuts them ahead, pinned, so that the host does not wait for the copy to the device."""
     loader = torch.utils.data.DataLoader(cuts, batch_size=None, num_workers=1, pin_memory=device.type == "cuda")
-    coming = None
     for images, labels in loader:
-        ready, coming = coming, (images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-        if ready:
-            yield ready
-    if coming:
-        yield coming
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def _augment(images: Tensor, padding: int, shift: Tensor, mirrored: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ python eval.py --model_name=pretr_L1.pth --l_norms='Linf L2 L1'              the
 python eval.py --model_name=RB_Engstrom2019Robustness                        RobustBench's
 python eval.py --model_name=my_nets.py:make_net                              any: the function returns a module on [0, 1] images
 
-The standard evaluation: APGD-CE and APGD-T, 100 steps, 10 restarts in all for each norm (arXiv 2105.12508, section 5).
+The standard evaluation: APGD-CE and APGD-T, 100 steps, 10 restarts in all for each norm (arXiv 2105.12508, section 5),
+L1 after a brief run of a fifth of the steps at the radius itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.examples import telling_examples
-from attacks.results import Evaluation, as_json, paired, robustbench_fields
+from attacks.results import Evaluation, as_json, paired, robustbench_fields, runs_for
 from attacks.standard import evaluate
 from attacks.threat import NORMS, threats_for
 from attacks.work import Budget, Points
@@ -166,6 +167,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with parser.blame("--model_name"):
         check_fits(model, data.shape, data.num_classes)
     asked = {name: getattr(args, name) for name in DECIDE} | {"network": fingerprint(model)}
+    asked["runs"] = [
+        f"{threat}: {run}"
+        for threat in threats
+        for run in runs_for(args.attacks, threat.norm, data.num_classes, args.n_restarts, args.n_targets)
+    ]
     parts = ["eval", args.dataset, *args.model_name.split("/")[-2:], f"n{args.n_ex}"]
     with processes(device) as share:
         # The first process chooses the folder; what went wrong there is told in all of them.

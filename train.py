@@ -49,7 +49,7 @@ from utils.cli import (
 )
 from utils.run import append_json_line, environment, new_folder, table, write_json
 from utils.schedules import lr_schedule
-from utils.speed import AMPS, check_format, in_format, set_up
+from utils.speed import AMPS, check_format, full_precision, in_format, set_up
 from utils.training import Meter, choose_device, console_line, eval_mode, frozen, generator, parameter_groups, set_lr
 
 
@@ -366,7 +366,7 @@ def attacked(
 ) -> Evaluation:
     """An evaluation in the three norms with the radii of --eval_eps."""
     threats = threats_for(args.dataset, NORMS, args.eval_eps)
-    with eval_mode(model), frozen(model):
+    with full_precision(), eval_mode(model), frozen(model):
         return evaluate(
             model,
             Points(points.images, points.labels, points.levels),

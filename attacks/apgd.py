@@ -2,13 +2,15 @@
 
 Many runs side by side, a row each. A row's step number is its own, so that evaluation can take finished rows out and put new ones
 in; training keeps all rows in step. The two controllers are the only code that knows a norm: they say where to go, and at
-check-points adapt the step of each row. No operation depends on data, so the attack never makes a GPU wait (a test runs it on `meta`).
+check-points adapt the step of each row. No operation depends on data (a test runs it on `meta`), and after a first run of its kind nothing
+is copied to the device, so the attack never makes a GPU wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ def apgd(
     the first L1 step moves, where it starts at x. `stages`, if given, replace the radius and n_iter; only the last stage's points count.
     The model should be in eval mode. Raises ValueError for a stage of no steps.
     """
+    x = x.detach()
     run = APGD(threat.norm, stages or [(threat.eps, n_iter)], share, x.device)
     rows = run.begin(x, delta_init)
     broken = torch.zeros_like(y, dtype=torch.bool)
@@ -132,16 +135,10 @@ class APGD:
     def __init__(self, norm: Norm, stages: Stages, share: float, device: torch.device) -> None:
         if min(steps for _, steps in stages) < 1:
             raise ValueError(f"each stage of the attack needs at least one step, got {[n for _, n in stages]}")
-        controller = (Sparse if norm == "L1" else Halving)(norm, share)
-        eps, starts, interval = [], [], []
-        for radius, steps in stages:
-            eps += [radius] * (steps + 1)
-            starts += [True] + [False] * steps
-            interval += [0, *controller.check_points(steps)]
-        self.norm, self.controller, self.ticks = norm, controller, len(eps)
-        self.counts_from = len(eps) - stages[-1][1] - 1
-        # One entry a tick: radius; is it a stage's start; steps since the last check-point if it is one, else 0.
-        self.eps, self.starts, self.interval = (torch.tensor(table, device=device) for table in (eps, starts, interval))
+        self.norm, self.controller = norm, (Sparse if norm == "L1" else Halving)(norm, share)
+        self.eps, self.starts, self.interval = _tables(norm, tuple((radius, steps) for radius, steps in stages), device)
+        self.ticks = len(self.eps)
+        self.counts_from = self.ticks - stages[-1][1] - 1
 
     def begin(self, x: Tensor, delta_init: Tensor | None = None) -> Rows:
         """Rows about to judge their first point: x (B, ...), or the projection of x + delta_init."""
@@ -182,6 +179,17 @@ class APGD:
         rows.previous, rows.delta = rows.delta, new
 
 
+@lru_cache
+def _tables(norm: Norm, stages: tuple[tuple[float, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each tick the radius; is it a stage's start; the steps since the last check-point if it is one, else 0. On the device once."""
+    eps, starts, interval = [], [], []
+    for radius, steps in stages:
+        eps += [radius] * (steps + 1)
+        starts += [True] + [False] * steps
+        interval += [0, *(Sparse if norm == "L1" else Halving).check_points(steps)]
+    return torch.tensor(eps, device=device), torch.tensor(starts, device=device), torch.tensor(interval, device=device)
+
+
 class Halving:
     """Linf and L2: momentum, and a step from 2 eps that is halved where the loss stopped rising (arXiv 2003.01690, algorithm 1)."""
 
@@ -190,7 +198,8 @@ class Halving:
     def __init__(self, norm: Norm, share: float) -> None:
         self.norm = norm
 
-    def check_points(self, n_iter: int) -> list[int]:
+    @staticmethod
+    def check_points(n_iter: int) -> list[int]:
         """For each step the number of steps since the last check-point where it is one, else 0."""
         interval, shorter, shortest = (max(int(part * n_iter), 1) for part in (0.22, 0.03, 0.06))
         checks, since = [], 0
@@ -231,7 +240,8 @@ class Sparse:
     def __init__(self, norm: Norm, share: float) -> None:
         self.share = share
 
-    def check_points(self, n_iter: int) -> list[int]:
+    @staticmethod
+    def check_points(n_iter: int) -> list[int]:
         """For each step the number of steps since the last check-point where it is one, else 0."""
         every = max(int(0.04 * n_iter), 1)
         return [0 if (k + 1) % every else every for k in range(n_iter)]

@@ -75,4 +75,5 @@ ATTACKS: dict[str, Attack] = {
     "torchattacks": torchattacks,
     "ART": art,
 }
+PACKAGES = ("adv-lib", "pyautoattack", "torchattacks", "adversarial-robustness-toolbox")
 NORMS_OF = {name: ("Linf", "L2") if name == "torchattacks" else ("Linf", "L2", "L1") for name in ATTACKS}

@@ -430,6 +430,14 @@ def test_zero_gradient_is_harmless(norm: Norm) -> None:
     assert bool(Threat(norm, RADII[norm]).contains(x, result.x_best).all())
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_images_that_ask_for_a_gradient_get_none(norm: Norm) -> None:
+    x, y = points(classes=5)
+    result = apgd(convolutions(), x.requires_grad_(True), y, Threat(norm, RADII[norm]), 2)
+    assert not result.x_best.requires_grad
+    assert x.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
     draws = generator(0)

@@ -161,6 +161,12 @@ def test_a_split_on_another_device_goes_through_the_workers() -> None:
         assert (x.device.type, y.device.type, x.dtype) == ("meta", "meta", torch.float32)
 
 
+@pytest.mark.parametrize("device", ["cpu:0", "cpu"])
+def test_a_device_with_a_number_is_the_same_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data._from_workers", None)
+    assert len(list(batches(numbered(10), 4, 0, 0, torch.device(device)))) == 3
+
+
 def test_cutting_on_a_device_never_waits_for_it() -> None:
     split = replace(
         numbered(10, flip=True), images=numbered(10).images.to("meta"), labels=torch.zeros(10, device="meta")

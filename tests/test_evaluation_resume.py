@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def test_another_settings_state_is_refused(place: Path, flag: str) -> None:
     assert flag.partition("=")[0].removeprefix("--") in error
     assert error.count("\n") == 1
     assert sorted((place / "whole").rglob("*")) == before
+
+
+def test_a_state_with_other_runs_is_refused(place: Path) -> None:
+    shutil.copytree(place / "whole", place / "old")
+    [asked] = (place / "old").glob("*/asked.json")
+    content = json.loads(asked.read_text())
+    asked.write_text(json.dumps(content | {"runs": content["runs"][1:]}))  # as before the brief run of L1 was there
+    run = start(place, "--save_dir=old", "--resume")
+    assert "another runs" in run.communicate()[1]
+    assert run.returncode == 2
 
 
 def test_two_processes_find_what_one_does(place: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,12 @@ import models.preact_resnet as preact_resnet
 import train
 from attacks.apgd import apgd, judge
 from attacks.losses import cross_entropy
+from attacks.multinorm import EAT
 from attacks.threat import NORMS, RADII, Norm, Threat
-from data import load_dataset
+from data import Split, batches, load_dataset
 from models import build_model
 from utils.speed import check_format, in_format, set_up
-from utils.training import Meter, OnItsWay, frozen
+from utils.training import Meter, OnItsWay, eval_mode, frozen
 
 CPU = torch.device("cpu")
 
@@ -108,7 +111,7 @@ def test_set_up_sets_threads_and_what_suits_training() -> None:
 
 
 @pytest.mark.parametrize("norm", [None, *NORMS])
-def test_an_update_and_its_statistics_run_on_meta(norm: Norm | None) -> None:
+def test_attack_update_and_meter_run_on_meta(norm: Norm | None) -> None:
     """Nothing there has a value: whatever waited for one would fail."""
     meta = torch.device("meta")
     with meta:
@@ -131,10 +134,10 @@ def test_an_update_in_fp16_scales_its_gradients() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     x, y = load_dataset("digits", "").train.first(32).pixels()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=5, enabled=True)
     losses = [float(train.update(in_format(model, CPU, "fp16"), optimizer, scaler, x, y)[0]) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
-    assert scaler.get_scale() >= 1
+    assert scaler.get_scale() == 1024 * 2**6  # doubled after each five updates
 
 
 def test_a_number_on_its_way_is_not_changed_by_what_comes_after() -> None:
@@ -144,9 +147,60 @@ def test_a_number_on_its_way_is_not_changed_by_what_comes_after() -> None:
     assert coming.item() == 3
 
 
+def test_softplus_in_either_format() -> None:
+    x = torch.linspace(-30, 30, 10_001)
+    exact = F.softplus(x.double(), threshold=100)
+    assert float(((preact_resnet.softplus(x) - exact).abs() / (1 + exact)).max()) < 1e-6
+    half = x.bfloat16()
+    assert (
+        float((preact_resnet.softplus(half).double() - F.softplus(half.double(), threshold=100)).abs()[x < 1].max())
+        < 0.01
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_training_never_waits_for_the_gpu() -> None:
+    device = torch.device("cuda")
+    model = build_model("preact-resnet18", width=16).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    scaler, eat, meter = (
+        torch.amp.GradScaler(enabled=False),
+        EAT([Threat("Linf", 0.1), Threat("L1", 12)]),
+        Meter(["a"], device),
+    )
+    split = Split(
+        torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device=device),
+        torch.zeros(64, dtype=torch.int64, device=device),
+        255,
+        4,
+        True,
+    )
+    for epoch in range(2):  # the first one fills caches
+        parts = batches(split, 16, 0, epoch, device)
+        x, y = next(parts)
+        torch.cuda.set_sync_debug_mode("error" if epoch else "default")
+        for x, y in parts:
+            for index, threat in enumerate(eat.threats):
+                with eval_mode(model), frozen(model):
+                    x_adv = apgd(model, x, y, threat, 3).x_best
+                loss, right = train.update(model, optimizer, scaler, x_adv, y)
+                meter.observe(0, loss, right)
+                eat.observe(index, right)
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
-def test_a_compiled_network_trains_alike() -> None:
-    flags = ["--dataset=digits", "--width=16", "--n_ex_train=128", "--epochs=1", "--attack=apgd", "--at_iter=2"]
+def test_a_compiled_network_trains_alike(tmp_path: Path) -> None:
+    flags = [
+        f"--save_dir={tmp_path}",
+        "--dataset=digits",
+        "--width=16",
+        "--n_ex_train=128",
+        "--epochs=1",
+        "--attack=apgd",
+        "--at_iter=2",
+    ]
     folders = [train.main([*flags, f"--notes_run={word}", *more]) for word, more in (("a", []), ("b", ["--compile"]))]
     one, other = (torch.load(folder / "ep_1.pth", weights_only=True)["state_dict"] for folder in folders)
     for name, value in one.items():

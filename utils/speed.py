@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -38,3 +39,13 @@ def set_up(threads: int | None, tf32: bool) -> None:
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = tf32
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 as it is inside, where figures are measured in batches of any size; TF32 again after."""
+    set_up(None, tf32=False)
+    try:
+        yield
+    finally:
+        set_up(None, tf32=True)

@@ -82,11 +82,13 @@ def choose_device(name: str) -> torch.device:
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts.get(device.type, 0):
         raise ValueError(f"this machine has no device {name!r}; --device=auto takes what there is")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
 class OnItsWay:
-    """A number on its way from a GPU to the host, which goes on meanwhile."""
+    """A number on its way from a CUDA device to the host, which goes on meanwhile (other devices are waited for)."""
 
     def __init__(self, value: torch.Tensor) -> None:
         cuda = value.is_cuda
@@ -94,7 +96,7 @@ class OnItsWay:
         self.copy.copy_(value, non_blocking=cuda)
         self.arrived = torch.cuda.Event() if cuda else None
         if self.arrived:
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(value.device))
 
     def item(self) -> float:
         """The number; waits until it is here."""
@@ -111,7 +113,7 @@ class Meter:
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = list(names) or ["clean"]
-        self.sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)  # of loss, of right answers
+        self.sums = torch.zeros(len(self.names), 2, device=device)  # of loss, of right answers
         self.seen, self.batches = ([0] * len(self.names) for _ in range(2))
         self.start = time.time()
 
