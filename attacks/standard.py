@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attacks.apgd import EVALUATION_SHARE, Model, apgd
+from attacks.apgd import Model
 from attacks.checks import network_warnings, result_warnings
 from attacks.curve import above, accuracy_curve, below
 from attacks.results import Evaluation, Run, Tally, runs_for
 from attacks.threat import Threat
 from attacks.work import Budget, Points, Work, image_path
-from utils.distributed import from_first, wait_for_all
+from utils.distributed import wait_for_all
 from utils.journal import ImageFile, Journal
 
 STANDARD = Budget()
@@ -54,26 +54,24 @@ def evaluate(
         for t in threats
     }
     clean = _replay(journal, len(points), tallies)
-    order = list(threats)
-    if budget.union_only:
-        index = clean.nonzero()[:32, 0]
-        order = from_first(lambda: _most_broken_first(model, points, index, threats, device))
+    works = {}
+    for threat in threats:
+        path = image_path(folder, threat) if folder else None
+        if path and rank == 0:
+            ImageFile.make(path, len(points), points.x)
+        wait_for_all()
+        images = ImageFile(path) if path else None
+        works[threat] = Work(model, points, ranked, threat, tallies[threat], budget, seed, device, journal, images)
     standing = clean & ~torch.stack([torch.zeros_like(clean), *(tally.broken for tally in tallies.values())]).any(0)
-    for threat in order:
-        images = None
-        if folder:
-            path = image_path(folder, threat)
-            if rank == 0:
-                ImageFile.make(path, len(points), points.x)
-            wait_for_all()
-            images = ImageFile(path)
-        left = standing if budget.union_only else clean
-        chosen = [i for i in mine.tolist() if left[i]]
-        work = Work(model, points, ranked, threat, tallies[threat], budget, seed, device, journal, images)
-        work.run_apgd(chosen, batch_size, progress and rank == 0)
-        if budget.attacks == "autoattack":
-            work.run_library(chosen, batch_size)
-        standing &= ~tallies[threat].broken
+    # For the union the first runs of all norms go before the rest: they break most of what breaks, L1's brief one at the least cost.
+    for first_alone in (True, False) if budget.union_only else (False,):
+        for threat in sorted(threats, key=lambda t: t.norm != "L1") if budget.union_only else threats:
+            left = standing if budget.union_only else clean
+            chosen = [i for i in mine.tolist() if left[i]]
+            works[threat].run_apgd(chosen, batch_size, progress and rank == 0, first_alone)
+            if budget.attacks == "autoattack" and not first_alone:
+                works[threat].run_library(chosen, batch_size)
+            standing &= ~tallies[threat].broken
     curve: dict[Threat, Tally] = {}
     for threat in threats if budget.curve else ():
         # A point that stands at eps stands below; one that broke at a radius is broken above it.
@@ -141,17 +139,3 @@ def _replay(journal: Journal, n: int, tallies: dict[Threat, Tally]) -> Tensor:
             if record["broken"]:
                 tally.broken_by[point] = record["run"]
     return clean
-
-
-def _most_broken_first(
-    model: Model, points: Points, index: Tensor, threats: Sequence[Threat], device: torch.device
-) -> list[Threat]:
-    """By how many of some right points ten steps break."""
-    if not len(index):
-        return list(threats)
-    x, y = points.x(index).to(device), points.y[index].to(device)
-
-    def broken(threat: Threat) -> int:
-        return int(apgd(model, x, y, threat, n_iter=10, share=EVALUATION_SHARE).broken.sum())
-
-    return sorted(threats, key=broken, reverse=True)

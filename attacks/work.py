@@ -104,11 +104,11 @@ class Work:
         brief = [(threat.eps, max(n_iter // 5, 1))]
         self.briefly = APGD(threat.norm, brief, EVALUATION_SHARE, device)
 
-    def run_apgd(self, chosen: Sequence[int], batch_size: int, progress: bool) -> None:
-        """Every APGD run on each of the points `chosen` until one breaks it."""
+    def run_apgd(self, chosen: Sequence[int], batch_size: int, progress: bool, first_alone: bool = False) -> None:
+        """Every APGD run, or the first one alone, on each of the points `chosen` until one breaks it."""
         brief = sum(run.kind == "brief" for run in self.tally.runs)
         for search, last in ((self.briefly, brief), (self.search, self.apgd_runs)):
-            self._run(search, last, chosen, batch_size, progress)
+            self._run(search, min(last, 1) if first_alone else last, chosen, batch_size, progress)
 
     def _run(self, search: APGD, last: int, chosen: Sequence[int], batch_size: int, progress: bool) -> None:
         """The runs up to number `last` (not included), which all are of this search."""
