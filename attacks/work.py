@@ -98,27 +98,27 @@ class Work:
         self.seed, self.device, self.journal, self.images = seed, device, journal, images
         self.apgd_runs = sum(run.kind in APGD_KINDS for run in tally.runs)
         self.amp, self.fast_model = budget.amp, in_format(model, device, budget.amp)
-        one_radius, n_iter = [(threat.eps, budget.n_iter)], budget.n_iter
-        stages = shrinking(threat.eps, n_iter) if threat.norm == "L1" else one_radius
+        eps, n_iter = threat.eps, budget.n_iter
+        stages = shrinking(eps, n_iter) if threat.norm == "L1" else [(eps, n_iter)]
         self.search = APGD(threat.norm, stages, EVALUATION_SHARE, device)
-        brief = [(threat.eps, max(n_iter // 5, 1))]
-        self.briefly = APGD(threat.norm, brief, EVALUATION_SHARE, device)
+        self.brief_search = APGD(threat.norm, [(eps, max(n_iter // 5, 1))], EVALUATION_SHARE, device)
 
     def run_apgd(self, chosen: Sequence[int], batch_size: int, progress: bool, first_alone: bool = False) -> None:
         """Every APGD run, or the first one alone, on each of the points `chosen` until one breaks it."""
         brief = sum(run.kind == "brief" for run in self.tally.runs)
-        for search, last in ((self.briefly, brief), (self.search, self.apgd_runs)):
+        for search, last in ((self.brief_search, brief), (self.search, self.apgd_runs)):
             self._run(search, min(last, 1) if first_alone else last, chosen, batch_size, progress)
 
     def _run(self, search: APGD, last: int, chosen: Sequence[int], batch_size: int, progress: bool) -> None:
         """The runs up to number `last` (not included), which all are of this search."""
         tally = self.tally
         left = [i for i in chosen if not tally.broken[i] and tally.next_run(i) < last]
+        if not left:
+            return
         queue = deque(sorted((tally.next_run(i), i) for i in left))
         standing = sum(not bool(tally.broken[i]) for i in chosen)
         bar = tqdm(
             total=last * len(left),
-            initial=0,
             unit="run",
             desc=str(self.threat),
             disable=not progress,

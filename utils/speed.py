@@ -43,9 +43,10 @@ def set_up(threads: int | None, tf32: bool) -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 as it is inside, where figures are measured in batches of any size; TF32 again after."""
+    """Float32 as it is inside, where figures are measured in batches of any size; TF32 again after, if it was on."""
+    before = torch.backends.cudnn.allow_tf32
     set_up(None, tf32=False)
     try:
         yield
     finally:
-        set_up(None, tf32=True)
+        set_up(None, tf32=before)
