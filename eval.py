@@ -91,7 +91,7 @@ def make_parser() -> Parser:
         "--attacks",
         choices=["standard", "fast", "autoattack"],
         default="standard",
-        help="standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE, an upper bound; autoattack: then FAB-T, Square (%(default)s)",
+        help="standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (%(default)s)",
     )
     add_flag(
         attack, "--n_iter", type=positive_int, default=100, help="steps of each APGD run, at least 4 (%(default)s)"
