@@ -60,9 +60,9 @@ def image_path(folder: Path, threat: Threat) -> Path:
 
 
 def random_starts(x: Tensor, points: Sequence[int], threat: Threat, runs: Sequence[Run], seed: int) -> Tensor:
-    """A start (B, ...) for each row's point and run, whatever the batch: uniform in the cube for Linf, else Gaussian.
+    """A start (B, ...) for each row's point and run, whatever the batch, which the attack projects on ball and box.
 
-    Scaled to the ball's surface; the attack projects it on the box.
+    Uniform in the cube for Linf, Gaussian on the ball's surface for L2. For L1 Gaussian noise of deviation 1, whose projection is sparse.
     """
     norm = NORMS.index(threat.norm)
     noise = torch.stack(
@@ -71,11 +71,13 @@ def random_starts(x: Tensor, points: Sequence[int], threat: Threat, runs: Sequen
             for point, run in zip(points, runs, strict=True)
         ]
     )
-    if threat.norm == "Linf":
-        noise = 2 * torch.special.ndtr(noise) - 1
-        return threat.eps * noise
-    order = 2 if threat.norm == "L2" else 1
-    return threat.eps * noise / noise.flatten(1).norm(p=order, dim=1).view(-1, *[1] * (x.dim() - 1))
+    match threat.norm:
+        case "Linf":
+            return threat.eps * (2 * torch.special.ndtr(noise) - 1)
+        case "L2":
+            return threat.eps * noise / noise.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+        case "L1":
+            return noise
 
 
 class Work:
