@@ -37,10 +37,12 @@ from benchmarks import libraries
 from data import Split, batches, load_dataset
 from models import build_model
 from utils.cli import Parser, add_flag, positive_int, word_list
-from utils.speed import Amp, in_format
+from utils.speed import Amp, in_format, keep_memory
 from utils.training import eval_mode, frozen
 
 CPU = torch.device("cpu")
+KEY_NORMS: tuple[Norm, Norm] = ("Linf", "L1")
+WAYS: dict[str, Amp | None] = {"plain": None, "float32": "off", "bf16": "bf16"}
 Work = Callable[[], Any]
 
 
@@ -93,8 +95,8 @@ def plain_forward(block: Any, x: Tensor) -> Tensor:
     return out + skip
 
 
-def updater(batch_size: int, n_iter: int, amp: Amp | None) -> Callable[[Norm], None]:
-    """An update with the attack in a norm; amp None: the plain way, with adv-lib's APGD."""
+def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
+    """An update after so many steps of an attack in a norm; amp None: the plain way, with adv-lib's APGD."""
     model = network(plain=amp is None).train()
     forward = in_format(model, CPU, amp or "off")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -102,7 +104,7 @@ def updater(batch_size: int, n_iter: int, amp: Amp | None) -> Callable[[Norm], N
     draws = torch.Generator().manual_seed(0)
     x, y = torch.rand(batch_size, 3, 32, 32, generator=draws), torch.randint(0, 10, (batch_size,), generator=draws)
 
-    def update(norm: Norm) -> None:
+    def update(norm: Norm, n_iter: int) -> None:
         [threat] = threats_for("cifar10", [norm])
         if amp is None:
             model.eval()
@@ -136,14 +138,39 @@ def timed_passes() -> Iterator[list[float]]:
 
 
 def rows_update(batch_size: int, runs: int) -> None:
-    """An E-AT update (the mean of one with Linf and one with L1) against the plain way."""
-    ways: dict[str, Amp | None] = {"plain": None, "float32": "off", "bf16": "bf16"}
-    updates = {name: updater(batch_size, 10, amp) for name, amp in ways.items()}
-    works: dict[str, Work] = {n: partial(lambda u: [u(norm) for norm in ("Linf", "L1")], u) for n, u in updates.items()}
-    times = rounds(works, runs)
-    told = {name: f"{median(values) / 2:.1f} s" for name, values in times.items()}
-    row("E-AT update, float32", over(times, "plain", "float32"), "1.6", f"{told['float32']}, plain {told['plain']}")
-    row("E-AT update, bf16", over(times, "plain", "bf16"), "3", f"{told['bf16']}, plain {told['plain']}")
+    """An E-AT update against the plain way, Linf and L1 in turn, each in a process of its own; and the memory it takes."""
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    peaks: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(runs):
+        for way in WAYS:
+            flags = [f"--update={way} {KEY_NORMS[number % 2]}", f"--batch_size={batch_size}"]
+            command = [sys.executable, "-W", "ignore", __file__, *flags, f"--threads={torch.get_num_threads()}"]
+            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            times[way].append(float(told[0]))
+            peaks[way].append(float(told[1]))
+    for way, goal in (("float32", "1.6"), ("bf16", "3")):
+        more = f"{median(times[way]):.1f} s, plain {median(times['plain']):.1f} s"
+        row(f"E-AT update, {way}", over(times, "plain", way), goal, more)
+    for way in ("float32", "bf16"):
+        more = f"{median(peaks[way]):.0f} MB, plain {median(peaks['plain']):.0f} MB"
+        row(f"peak memory of an update, {way}", over(peaks, "plain", way), "at least 1", more)
+
+
+def print_update(batch_size: int, way: str, norm: Norm) -> None:
+    """Seconds of an update, and peak MB over what the process had before any. Linux only."""
+    if way != "plain":
+        keep_memory()  # as train.py does
+    update = updater(batch_size, WAYS[way])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    update(norm, 1)  # the first one allocates
+    print(seconds(partial(update, norm, 10)), resident("VmHWM") - before)
+
+
+def resident(name: str) -> float:
+    """MB of this process now (VmRSS) or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def rows_overhead(batch_size: int, runs: int) -> None:
@@ -244,35 +271,6 @@ def rows_batches(batch_size: int, runs: int) -> None:
     row("batches of CIFAR-10, torchvision and DataLoader", over(times, "theirs", "ours"), "4", more)
 
 
-def rows_memory(batch_size: int, runs: int) -> None:
-    """Peak resident memory of a process that makes an update in each norm, over what it had before; at most two processes a way."""
-    peaks: dict[str, list[float]] = {"plain": [], "off": [], "bf16": []}
-    for _ in range(min(runs, 2)):
-        for way, found in peaks.items():
-            flags = [f"--memory={way}", f"--batch_size={batch_size}", f"--threads={torch.get_num_threads()}"]
-            command = [sys.executable, "-W", "ignore", __file__, *flags]
-            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
-    for way, name in (("off", "float32"), ("bf16", "bf16")):
-        more = f"{median(peaks[way]):.0f} MB, plain {median(peaks['plain']):.0f} MB"
-        row(f"peak memory of an update, {name}", over(peaks, "plain", way), "at least 1", more)
-
-
-def print_peak(batch_size: int, way: str) -> None:
-    """In a process of its own: MB. Linux only: getrusage's peak begins with that of the process which started this one."""
-    update = updater(batch_size, 2, None if way == "plain" else way)  # type: ignore[arg-type]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident("VmRSS")
-    for norm in ("Linf", "L1"):
-        update(norm)
-    print(resident("VmHWM") - before)
-
-
-def resident(name: str) -> float:
-    """MB of this process now (VmRSS) or at its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-
 KINDS = {  # by the operations' own time, those of our softplus with what they call
     "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward"),
     "softplus": ("aten::softplus", "aten::softplus_backward", "_Softplus", "_SoftplusBackward"),
@@ -284,14 +282,15 @@ def draw_picture(path: Path, batch_size: int) -> None:
     """Bars: CPU time of an update with ten steps of Linf, by kind of operation, in three ways."""
     from matplotlib.figure import Figure
 
-    ways: dict[str, Amp | None] = {"the plain way": None, "float32": "off", "--amp=bf16": "bf16"}
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots()
-    for place, (name, amp) in enumerate(ways.items()):
-        update = updater(batch_size, 10, amp)
-        update("Linf")
+    for place, (name, amp) in enumerate(WAYS.items()):
+        update = updater(batch_size, amp)
+        if amp:
+            keep_memory()
+        update("Linf", 10)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            update("Linf")
+            update("Linf", 10)
         spent = dict.fromkeys([*KINDS, "the rest"], 0.0)
         events = profiled.key_averages()
         for kind, names in KINDS.items():
@@ -304,7 +303,7 @@ def draw_picture(path: Path, batch_size: int) -> None:
             axes.barh(place, spent[kind], left=left, color=colour, label=kind if place == 0 else None)
             left += spent[kind]
         print(name, {kind: round(value, 2) for kind, value in spent.items()}, flush=True)
-    axes.set_yticks(range(len(ways)), list(ways))
+    axes.set_yticks(range(len(WAYS)), ["the plain way", "float32", "--amp=bf16"])
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds of an update, {batch_size} images, 10 steps of Linf, {torch.get_num_threads()} threads")
     axes.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -317,7 +316,6 @@ ROWS: dict[str, Callable[[int, int], None]] = {
     "libraries": rows_libraries,
     "projection": rows_projection,
     "batches": rows_batches,
-    "memory": rows_memory,
 }
 
 
@@ -329,7 +327,9 @@ def main() -> None:
     add_flag(parser, "--batch_size", type=positive_int, default=128, help="images (%(default)s)")
     add_flag(parser, "--threads", type=positive_int, help="CPU threads (PyTorch's choice)")
     add_flag(parser, "--picture", help="draw where the time of an update goes into this file, and nothing else")
-    add_flag(parser, "--memory", help="print the peak memory of one way (plain, off, bf16), and nothing else")
+    add_flag(
+        parser, "--update", type=word_list, help="'WAY NORM': print the seconds and MB of one update, and nothing else"
+    )
     args = parser.parse_args()
     unknown = set(args.rows) - set(ROWS)
     if unknown:
@@ -337,8 +337,8 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the other libraries' own
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory:
-        print_peak(args.batch_size, args.memory)
+    if args.update:
+        print_update(args.batch_size, *args.update)
     elif args.picture:
         draw_picture(Path(args.picture), args.batch_size)
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,15 +150,25 @@ def test_a_number_on_its_way_is_not_changed_by_what_comes_after() -> None:
     assert coming.item() == 3
 
 
-def test_softplus_in_either_format() -> None:
-    x = torch.linspace(-30, 30, 10_001)
-    exact = F.softplus(x.double(), threshold=100)
-    assert float(((preact_resnet.softplus(x) - exact).abs() / (1 + exact)).max()) < 1e-6
-    half = x.bfloat16()
-    assert (
-        float((preact_resnet.softplus(half).double() - F.softplus(half.double(), threshold=100)).abs()[x < 1].max())
-        < 0.01
+def test_softplus_in_bf16() -> None:
+    x = torch.linspace(-30, 30, 10_001).bfloat16().requires_grad_(True)
+    value = preact_resnet.softplus(x)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    exact = F.softplus(x.detach().double(), threshold=100)
+    assert float(((value.detach().double() - exact).abs() / (1 + exact)).max()) < 0.01
+    torch.testing.assert_close(slope.double(), torch.sigmoid(x.detach().double()), rtol=0.01, atol=0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_tensors() -> None:
+    script = (
+        "import resource, torch; from utils.speed import keep_memory; keep_memory()\n"
+        "for _ in range(9): torch.zeros(2**24).add_(1); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
     )
+    faults = [
+        int(n) for n in subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout.split()
+    ]
+    assert faults[-1] - faults[1] < 7 * 2**24 // 1024 // 2  # of 1,024 numbers each; as glibc comes, all
 
 
 @pytest.mark.gpu
