@@ -270,18 +270,17 @@ class Sparse:
 def kth_largest(size: Tensor, k: Tensor) -> Tensor:
     """The k-th (B, 1) largest, from 1, of each row of size (B, N), all >= 0: (B, 1).
 
-    By bisection of the bits, which are in the order of the values. A sort costs many times as much (docs/LOG.md); topk needs one k
-    for all rows.
+    Bit by bit from the highest: floats are in the order of their bits. A sort costs many times as much (docs/LOG.md); topk needs one
+    k for all rows.
     """
-    whole, steps = (torch.int64, 63) if size.dtype == torch.float64 else (torch.int32, 31)
-    low = torch.zeros_like(size[:, :1]).view(whole)  # at least k are >= low, fewer are >= high
-    high = size.amax(1, keepdim=True).view(whole) + 1
+    whole, bits = (torch.int64, 63) if size.dtype == torch.float64 else (torch.int32, 31)
+    found = torch.zeros_like(size[:, :1]).view(whole)
     chosen = torch.empty_like(size)
-    for _ in range(steps):
-        middle = low + (high - low) // 2
-        enough = torch.ge(size, middle.view(size.dtype), out=chosen).sum(1, keepdim=True) >= k
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low.view(size.dtype)
+    for bit in reversed(range(bits)):
+        more = found + 2**bit
+        enough = torch.ge(size, more.view(size.dtype), out=chosen).sum(1, keepdim=True) >= k
+        found = torch.where(enough, more, found)
+    return found.view(size.dtype)
 
 
 def _rows(per_example: Tensor, like: Tensor) -> Tensor:

@@ -43,17 +43,17 @@ def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 8) -> Tenso
     scale = size.amax(1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
     unit = size / scale
     unit2, room2, left, free = unit.square(), room.square(), torch.empty_like(unit), torch.empty_like(unit)
-    radius2, shrink2 = eps[:, None] ** 2, torch.zeros_like(scale)  # (s * scale)^2
-    for _ in range(n_steps):
+    radius2 = eps[:, None].square()
+    shrink2 = radius2 / unit2.sum(1, keepdim=True)  # (s * scale)^2; where no entry touches the box, the answer
+    for _ in range(n_steps - 1):
         torch.mul(unit2, shrink2, out=left)
-        slope = (
-            torch.lt(left, room2, out=free).mul_(unit2).sum(1, keepdim=True)
-        )  # 0 and 1 as floats: bool is slow on CPUs
+        torch.lt(left, room2, out=free)  # 0 and 1 as floats: bool is slow on CPUs
+        slope = free.mul_(unit2).sum(1, keepdim=True)
         missing = radius2 - torch.minimum(left, room2, out=left).sum(1, keepdim=True)
-        more = (missing / slope).nan_to_num(0, posinf=torch.finfo(size.dtype).max)
-        shrink2 = torch.maximum(shrink2, shrink2 + more)
+        # With every entry at the box the slope is 0: infinity is as good as 1 then, and fmax leaves out 0 / 0.
+        shrink2 = torch.fmax(shrink2, torch.addcdiv(shrink2, missing, slope))
     shrink = torch.minimum(shrink2.sqrt(), scale)
-    return torch.copysign(torch.minimum(torch.mul(unit, shrink, out=left), room), delta.flatten(1)).view(delta.shape)
+    return torch.copysign(torch.minimum(unit * shrink, room), delta.flatten(1)).view(delta.shape)
 
 
 def project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     left = torch.minimum(size, room)
     fits = left.sum(1, keepdim=True) <= eps[:, None]
     low = torch.zeros_like(size[:, :1])
-    high = torch.where(fits, 0, size.amax(1, keepdim=True))
-    for _ in range(1 - round(math.log2(torch.finfo(size.dtype).eps))):
-        t = (low + high) / 2
+    high = start = torch.where(fits, 0, size.amax(1, keepdim=True))
+    for step in range(1 - round(math.log2(torch.finfo(size.dtype).eps))):
+        t = torch.add(low, start, alpha=0.5 ** (step + 1))
         torch.clamp(torch.sub(size, t, out=left), zero, room, out=left)  # in place: memory traffic is the cost here
         outside = left.sum(1, keepdim=True) > eps[:, None]
         low, high = torch.where(outside, t, low), torch.where(outside, high, t)
