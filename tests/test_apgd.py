@@ -8,12 +8,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
 from attacks.apgd import APGD, EVALUATION_SHARE, Attacked, Halving, Rows, apgd, judge, kth_largest, shrinking
 from attacks.losses import cross_entropy, dlr, margin_targeted
 from attacks.projections import project
 from attacks.threat import NORMS, Norm, Threat
+from data import load_dataset
 from models.preact_resnet import PreActResNet18
 
 
@@ -449,3 +451,26 @@ def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
     k = torch.randint(1, 34, (40, 1), generator=draws)
     expected = size.sort(dim=1, descending=True).values.gather(1, k - 1)
     assert torch.equal(kth_largest(size, k.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_from_the_same_start_it_finds_what_pyautoattack_finds(norm: Norm, trained: nn.Module) -> None:
+    """Per point in Linf; in L2, where that one clips instead of projecting, at least as much in the mean."""
+    x, y = load_dataset("digits", "").test.first(64).pixels()
+    threat = Threat(norm, {"Linf": 0.1, "L2": 0.4}[norm])
+    theirs = APGDAttack(trained, n_iter=20, norm=norm, eps=threat.eps, seed=0, loss="ce", device="cpu")
+    theirs.init_hyperparam(x)
+    losses = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = F.cross_entropy(trained(theirs.attack_single_run(x, y)[0]), y, reduction="none")
+        torch.manual_seed(seed)
+        start = 2 * torch.rand_like(x) - 1 if norm == "Linf" else torch.randn_like(x)
+        length = torch.linalg.vector_norm(start.flatten(1), float("inf") if norm == "Linf" else 2, dim=1)
+        start = threat.eps * start / length.view(-1, 1, 1, 1)
+        losses.append((apgd(trained, x, y, threat, 20, delta_init=start).loss, found))
+    ours, others = (torch.stack(side) for side in zip(*losses, strict=True))
+    print(norm, float(ours.mean()), float(others.mean()), float((ours - others).abs().max()))
+    assert float(ours.mean()) >= float(others.mean()) - 1e-3
+    if norm == "Linf":
+        assert float(((ours - others).abs() < 1e-3).float().mean()) > 0.95
