@@ -20,7 +20,7 @@ lint: .venv/.done
 	$(PY) -m mypy attacks models utils data.py train.py eval.py benchmarks
 
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 --dist=loadfile  # threads of two processes would wait for each other
 
 test-slow: .venv/.done  # minutes: robust accuracy against pyautoattack's
 	$(PY) -m pytest -m slow
