@@ -154,3 +154,11 @@ def test_each_row_has_its_own_radius(norm: Norm) -> None:
     together = projections.project(delta, x, norm, eps)
     alone = [project(delta[i : i + 1], x[i : i + 1], Threat(norm, float(eps[i]))) for i in range(ROWS)]
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_a_radius_of_nothing_leaves_nothing(norm: Norm, size: float) -> None:
+    delta, x, _ = draw(200, size, False, 0)
+    found = projections.project(delta, x, norm, torch.zeros(len(x)))
+    assert torch.equal(found, torch.zeros_like(x))

@@ -35,7 +35,7 @@ def check_format(device: torch.device, amp: Amp) -> None:
 
 
 def set_up(threads: int | None, tf32: bool) -> None:
-    """Number of CPU threads (None: PyTorch's choice); on NVIDIA cards TF32, and convolutions chosen by trial, which suits fixed shapes."""
+    """Freed memory is kept; number of CPU threads (None: PyTorch's choice); on NVIDIA cards TF32, and convolutions chosen by trial."""
     keep_memory()
     if threads:
         torch.set_num_threads(threads)
