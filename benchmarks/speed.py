@@ -34,7 +34,6 @@ import train
 from attacks.projections import project_l1
 from attacks.threat import NORMS, Norm, Threat, threats_for
 from benchmarks import libraries
-from benchmarks.libraries import ORDER
 from data import Split, batches, load_dataset
 from models import build_model
 from utils.cli import Parser, add_flag, positive_int, word_list
@@ -235,7 +234,7 @@ def rows_libraries(batch_size: int, runs: int) -> None:
 def random_start(x: Tensor, threat: Threat) -> Tensor:
     """Where the libraries' runs start, from the same seed: a random direction, stretched to the ball's surface."""
     delta = 2 * torch.rand_like(x) - 1 if threat.norm == "Linf" else torch.randn_like(x)
-    length = torch.linalg.vector_norm(delta.flatten(1), ORDER[threat.norm], dim=1)
+    length = torch.linalg.vector_norm(delta.flatten(1), libraries.ORDER[threat.norm], dim=1)
     return threat.eps * delta / length.view(-1, *[1] * (x.dim() - 1))
 
 
@@ -347,6 +346,8 @@ def main() -> None:
     unknown = set(args.rows) - set(ROWS)
     if unknown:
         parser.error(f"argument --rows: unknown {' '.join(sorted(unknown))}; choose from {' '.join(ROWS)}")
+    if args.update and not (len(args.update) == 2 and args.update[0] in WAYS and args.update[1] in NORMS):
+        parser.error(f"argument --update: takes 'WAY NORM', one of {' '.join(WAYS)} and one of {' '.join(NORMS)}")
     warnings.simplefilter("ignore")  # the other libraries' own
     if args.threads:
         torch.set_num_threads(args.threads)

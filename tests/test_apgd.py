@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attacks.apgd import APGD, EVALUATION_SHARE, Attacked, Halving, Rows, apgd, judge, kth_largest, shrinking
 from attacks.losses import cross_entropy, dlr, margin_targeted
 from attacks.projections import project
-from attacks.threat import NORMS, Norm, Threat
+from attacks.threat import NORMS, Norm, Threat, threats_for
 from data import load_dataset
 from models.preact_resnet import PreActResNet18
 
@@ -457,7 +457,7 @@ def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
 def test_from_the_same_start_it_finds_what_pyautoattack_finds(norm: Norm, trained: nn.Module) -> None:
     """Per point in Linf; in L2, where that one clips instead of projecting, at least as much in the mean."""
     x, y = load_dataset("digits", "").test.first(64).pixels()
-    threat = Threat(norm, {"Linf": 0.1, "L2": 0.4}[norm])
+    [threat] = threats_for("digits", [norm])
     theirs = APGDAttack(trained, n_iter=20, norm=norm, eps=threat.eps, seed=0, loss="ce", device="cpu")
     theirs.init_hyperparam(x)
     losses = []
@@ -470,7 +470,6 @@ def test_from_the_same_start_it_finds_what_pyautoattack_finds(norm: Norm, traine
         start = threat.eps * start / length.view(-1, 1, 1, 1)
         losses.append((apgd(trained, x, y, threat, 20, delta_init=start).loss, found))
     ours, others = (torch.stack(side) for side in zip(*losses, strict=True))
-    print(norm, float(ours.mean()), float(others.mean()), float((ours - others).abs().max()))
     assert float(ours.mean()) >= float(others.mean()) - 1e-3
     if norm == "Linf":
         assert float(((ours - others).abs() < 1e-3).float().mean()) > 0.95
