@@ -1,0 +1,375 @@
+"""Pictures of runs, as PNG and PDF: training over epochs, and clean against union accuracy.
+
+python plot.py runs/RUN                                               one run, pictures in its folder
+python plot.py runs/A runs/B results/C --labels='E-AT Linf start'     side by side, pictures in ./plots
+
+RUN is a run folder of train.py, which may still be training, or a result folder of eval.py (second picture only).
+A hollow point of the second picture is an upper bound: APGD-CE alone, from the run's last --eval_freq or from --attacks=fast.
+EMA: averaged weights, where a run has figures of theirs (eval_ema). Bands (test points of a single run) and bars are 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from utils.cli import Parser, add_flag, word_list
+from utils.run import read_json
+
+STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # TrueType: text stays text
+    "text.parse_math": False,  # a dollar in a label is a dollar
+}
+# Okabe and Ito's colours, which colour-blind people can tell apart; not their yellow, which is hard to see on white.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+ALL = "all batches"
+ROWS = {  # what a line is about: its marker and, in the picture of a single run, its colour
+    ALL: (".", "#000000"),
+    "clean": ("o", "#009e73"),
+    "Linf": ("s", "#0072b2"),
+    "L2": ("D", "#e69f00"),
+    "L1": ("^", "#d55e00"),
+    "average": ("P", "#56b4e9"),
+    "union": ("v", "#cc79a7"),
+}
+OTHER = ("X", "#666666")  # a norm that is not among them
+PANELS = {  # of training: label of the y axis, key in a record and in its norms' rows, factor
+    "training loss": ("cross-entropy (nats)", "loss", 1),
+    "training error": ("error (%)", "error", 100),
+    "learning rate": ("learning rate", "lr", 1),
+    "running error": ("error so far (%)", "running_error", 100),
+    "draw frequency": ("share of batches (%)", "drawn", 100),
+}
+KINDS = {  # lines of an accuracy panel: where a record has them, line style
+    "test points": ("eval", "test", "-"),
+    "training points": ("eval", "train", "--"),
+    "test points, EMA": ("eval_ema", "test", "-."),
+    "training points, EMA": ("eval_ema", "train", ":"),
+}
+RESULTS = ("eval.json", "eval_ema.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds; without records it is a result of eval.py."""
+
+    label: str
+    records: list[dict[str, Any]]  # an epoch each
+    files: dict[str, dict[str, Any]]  # content of config.json and RESULTS, where there
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of the first picture; each dict has values by epoch."""
+
+    run: int
+    panel: str
+    row: str
+    points: dict[int, float]
+    kind: str = ""  # one of KINDS, in accuracy panels
+    band: list[dict[int, float]] = field(default_factory=list)  # lower and upper ends of 95 % intervals
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in the second picture. Two compare only if their setting (data set, threats) is the same."""
+
+    run: int
+    label: str
+    rows: dict[str, dict[str, float]]
+    setting: str
+    bound: bool  # its union is an upper bound
+    averaged: bool  # EMA
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Raises ValueError or OSError if it is no folder, has nothing to draw or holds a damaged file."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    paths = [folder / name for name in ("config.json", *RESULTS)]
+    files = {path.name: read_json(path) for path in paths if path.exists()}
+    metrics = folder / "metrics.jsonl"
+    records = read_records(metrics) if metrics.exists() else []
+    if not records and "eval.json" not in files:
+        raise ValueError(f"{folder} has neither eval.json nor a metrics.jsonl with a finished epoch")
+    return Run(label, records, files)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a metrics.jsonl, but for a torn last line: the run is writing it. Raises ValueError."""
+    records: list[dict[str, Any]] = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON") from error
+        if not isinstance(record, dict) or "epoch" not in record:
+            raise ValueError(f"{path}, line {number} is no epoch of train.py")
+        records.append(record)
+    return records
+
+
+def short_labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names; of several, without the _-separated words that all share, if they still differ then."""
+    names = [folder.resolve().name for folder in folders]
+    if len(names) == 1:
+        return names
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    shared = set.intersection(*(set(name.split("_")) for name in names))
+    short = ["_".join(word for word in name.split("_") if word not in shared) for name in names]
+    return short if all(short) and len(set(short)) == len(short) else names
+
+
+def series(run: Run, *path: str) -> dict[int, Any]:
+    """What the records have there, by epoch, without what is null or missing."""
+    found = {}
+    for record in run.records:
+        value: Any = record
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            found[record["epoch"]] = value
+    return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each once, as in ROWS, others behind."""
+    return sorted(dict.fromkeys(names), key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS))
+
+
+def curves(runs: Sequence[Run]) -> Iterator[Curve]:
+    """Every line of the first picture that has points."""
+    for number, run in enumerate(runs):
+        norms = list(dict.fromkeys(norm for record in run.records for norm in record.get("norms", {})))
+        for panel, (_, key, factor) in PANELS.items():
+            for row, path in [(ALL, [key]), *((norm, ["norms", norm, key]) for norm in norms)]:
+                points = {epoch: factor * value for epoch, value in series(run, *path).items()}
+                if key == "running_error":  # it begins as 1, without a meaning, until the norm is first drawn
+                    first = min(series(run, "norms", row, "loss"), default=math.inf)
+                    points = {epoch: value for epoch, value in points.items() if epoch >= first}
+                twice = len(norms) == 1 and ((row == ALL and key != "lr") or key == "drawn")  # one norm has all
+                if points and not twice:
+                    yield Curve(number, panel, row, points)
+        for kind, (name, split, _) in KINDS.items():
+            for row in dict.fromkeys(row for table in series(run, name, split).values() for row in table):
+                points, *band = (series(run, name, split, row, key) for key in ("accuracy", "low", "high"))
+                if points:
+                    yield Curve(number, row, row, points, kind, band)
+
+
+def colours(number: int) -> list[Any]:
+    """So many, all different."""
+    viridis = matplotlib.colormaps["viridis"]
+    return COLOURS[:number] if number <= len(COLOURS) else [viridis(i / (number - 1)) for i in range(number)]
+
+
+def draw_training(runs: Sequence[Run]) -> Figure:
+    """Panels over epochs. Colours are runs and markers norms; of a single run, colours are norms too."""
+    drawn = list(curves(runs))
+    there = in_order(curve.panel for curve in drawn)
+    groups = [[name for name in PANELS if name in there], [name for name in there if name not in PANELS]]
+    groups = [group for group in groups if group]
+    heights = [0.5 + 2 * -(-len(group) // 3) for group in groups]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    shades = colours(len(runs)) if len(runs) > 1 else []
+    epochs = [epoch for curve in drawn for epoch in curve.points]
+    for part, group in zip(parts, groups, strict=True):
+        mine = [curve for curve in drawn if curve.panel in group]
+        for axes, name in zip_longest(part.subplots(-(-len(group) // 3), 3, squeeze=False).flat, group):
+            if name:
+                draw_panel(axes, name, [curve for curve in mine if curve.panel == name], shades)
+                axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+            else:
+                axes.set_axis_off()
+        handles = legend(mine, several=len(runs) > 1)
+        if shades and group is groups[0]:
+            named = [(run.label, shade) for run, shade in zip(runs, shades, strict=True) if run.records]
+            handles = [Line2D([], [], color=shade, linewidth=3, label=label) for label, shade in named] + handles
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        columns = max(1, min(len(handles), 120 // (longest + 8)))
+        part.legend(handles=handles, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def draw_panel(axes: Axes, name: str, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
+    """One line a curve; without shades, one for each run, a row has its own colour, and test points a band."""
+    axes.set_title(name if name in PANELS else f"accuracy, {name}" + (" (upper bound)" if name != "clean" else ""))
+    axes.set(xlabel="epoch", ylabel=PANELS[name][0] if name in PANELS else "accuracy (%)")
+    for curve in drawn:
+        marker, colour = ROWS.get(curve.row, OTHER)
+        colour = shades[curve.run] if shades else colour
+        look: dict[str, Any] = {"marker": marker, "color": colour, "markevery": 1 + len(curve.points) // 20}
+        look["linestyle"] = KINDS[curve.kind][2] if curve.kind else "-"
+        look["markerfacecolor"] = "white" if "EMA" in curve.kind else colour
+        look["linewidth"] = 2 if curve.row == ALL else 1.2
+        if name == "learning rate" and shades:  # often the same in all runs: thinner and thinner, so that all are seen
+            look["linewidth"] = 5 - 3.8 * curve.run / (len(shades) - 1)
+        axes.plot(list(curve.points), list(curve.points.values()), **look)
+        if curve.kind == "test points" and not shades:
+            low, high = (list(end.values()) for end in curve.band)
+            axes.fill_between(list(curve.points), low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    if name == "learning rate":
+        rates = [rate for curve in drawn for rate in curve.points.values() if rate > 0] or [1]
+        axes.set(yscale="log", ylim=(min(rates) / 2, max(rates) * 2))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+
+
+def legend(drawn: Sequence[Curve], several: bool) -> list[Line2D]:
+    """What markers (training) or lines (accuracy) mean; colours too unless they mean runs."""
+    present = {curve.kind for curve in drawn}
+    if "" in present:
+        rows = [(row, *ROWS.get(row, OTHER)) for row in in_order(curve.row for curve in drawn)]
+        looks = [{"label": row, "marker": marker, "color": "0.3" if several else c} for row, marker, c in rows]
+        return [Line2D([], [], **look) for look in looks]  # type: ignore[arg-type]
+    handles = []
+    for kind, (_, _, line) in KINDS.items():
+        if kind in present:
+            inside = "white" if "EMA" in kind else "0.3"
+            look: dict[str, Any] = {"linestyle": line, "marker": "o", "markerfacecolor": inside}
+            handles.append(Line2D([], [], color="0.3", label=kind, **look))
+    if "test points" in present and not several:
+        handles.append(Line2D([], [], color="0.3", alpha=0.2, linewidth=8, label="95 % interval, test points"))
+    return handles
+
+
+def points(runs: Sequence[Run]) -> Iterator[Point]:
+    """The networks whose clean and union accuracy is known: from eval.json, else from the last quick evaluation."""
+    for number, run in enumerate(runs):
+        for name, more in (("eval", ""), ("eval_ema", " EMA")):
+            result, quick = run.files.get(f"{name}.json", {}), list(series(run, name, "test").values())
+            rows, settings = result.get("accuracy", {}), result.get("settings", {})
+            radii = {norm: about["eps"] for norm, about in result.get("norms", {}).items()}
+            bound = settings.get("attacks") == "fast"
+            if "union" not in rows and quick:
+                rows, settings, bound = quick[-1], run.files.get("config.json", {}), True
+                norms = [row for row in rows if row not in ("clean", "average", "union")]
+                radii = dict(zip(norms, settings.get("eval_eps", []), strict=False))
+            if "union" in rows:
+                threats = ", ".join(f"{norm} {radii[norm]:.4g}" for norm in in_order(radii))
+                yield Point(number, run.label + more, rows, f"{settings.get('dataset')}: {threats}", bound, bool(more))
+
+
+def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
+    """Clean against union accuracy with 95 % intervals; `number` runs in all."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes, shades = figure.subplots(), colours(number)
+    settings = list(dict.fromkeys(point.setting for point in found))
+    places = [(point.rows["clean"]["accuracy"], point.rows["union"]["accuracy"]) for point in found]
+    for point, (x, y) in zip(found, places, strict=True):
+        colour, clean, union = shades[point.run], point.rows["clean"], point.rows["union"]
+        axes.hlines(y, clean["low"], clean["high"], colour, linewidth=0.8, alpha=0.5)
+        axes.vlines(x, union["low"], union["high"], colour, linewidth=0.8, alpha=0.5)
+        inside = "white" if point.bound else colour
+        axes.plot(x, y, "D" if point.averaged else "o", color=colour, markerfacecolor=inside, markersize=6)
+    axes.set(xlabel="clean accuracy (%)", ylabel="accuracy on the union of the threats (%)")
+    axes.set_title(settings[0] if len(settings) == 1 else "settings differ: not comparable")
+    marks: dict[str, tuple[str, str, list[bool]]] = {
+        "full evaluation": ("o", "0.3", [not point.bound for point in found]),
+        "APGD-CE, upper bound": ("o", "white", [point.bound for point in found]),
+        "EMA": ("D", "0.3", [point.averaged for point in found]),
+    }
+    seen = [(label, marker, inside) for label, (marker, inside, there) in marks.items() if any(there)]
+    looks: list[dict[str, Any]] = [{"label": a, "marker": b, "markerfacecolor": c, "linestyle": ""} for a, b, c in seen]
+    looks.append({"label": "95 % intervals", "linewidth": 0.8})
+    handles = [Line2D([], [], color="0.3", **look) for look in looks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.draw_without_rendering()  # from here on places in pixels are known
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(places)]
+    for point, place in zip(found, places, strict=True):
+        text = point.label + (f"\n{point.setting}" if len(settings) > 1 else "")
+        taken.append(write_beside(axes, place, text, shades[point.run], taken))
+    return figure
+
+
+def write_beside(axes: Axes, place: tuple[float, float], text: str, colour: Any, taken: Sequence[Bbox]) -> Bbox:
+    """A label where it covers fewest taken boxes, as near to the place as can be; its box in pixels."""
+    label = axes.annotate(text, place, (0, 0), textcoords="offset points", fontsize=7, color=colour)
+    label.set(in_layout=False, bbox={"facecolor": "white", "alpha": 0.7, "pad": 0.2, "linewidth": 0})
+
+    def covered(spot: tuple[int, int]) -> int:
+        side, up = spot
+        label.set(position=(7 * side, 9 * up + 3), horizontalalignment="left" if side > 0 else "right")
+        box = label.get_window_extent()
+        return box.count_overlaps(taken) + 100 * (box.x0 < axes.bbox.x0 or box.x1 > axes.figure.bbox.x1)
+
+    covered(min([(side, up) for up in (0, -1, 1, -2, 2, -3, 3, -4, 4) for side in (1, -1)], key=covered))
+    return label.get_window_extent()
+
+
+def make_parser() -> Parser:
+    """Every flag with its default."""
+    parser = Parser(prog="plot.py", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of train.py or eval.py (needed)")
+    add_flag(parser, "--save_dir", type=Path, help="folder of the pictures (that of a single RUN, else ./plots)")
+    add_flag(
+        parser, "--labels", type=word_list, help="a name for each RUN, blanks between (how the folders' names differ)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Read, draw, save; the files written."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    labels = args.labels or short_labels(args.runs)
+    if len(labels) != len(args.runs):
+        parser.error(f"argument --labels: one for each RUN is needed, {len(args.runs)}; got {len(labels)}")
+    with parser.blame("RUN"):
+        runs = [read_run(folder, label) for folder, label in zip(args.runs, labels, strict=True)]
+    found = list(points(runs))
+    trained = any(run.records for run in runs)
+    if not trained and not found:
+        parser.error("argument RUN: there are neither epochs nor a union accuracy to draw")
+    folder = args.save_dir or (args.runs[0] if len(runs) == 1 else Path("plots"))
+    without = [run.label for number, run in enumerate(runs) if number not in {point.run for point in found}]
+    if without:
+        print(f"not in tradeoff, no union accuracy (train.py --eval_freq or --final_eval): {', '.join(without)}")
+    for run in runs:
+        for text in (text for name in RESULTS for text in run.files.get(name, {}).get("warnings", [])):
+            print(f"WARNING: {run.label}: {text}")
+    written = []
+    with parser.blame("--save_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.style.context(["default", STYLE]):
+        figures = {"training": draw_training(runs)} if trained else {}
+        figures |= {"tradeoff": draw_tradeoff(found, len(runs))} if found else {}
+        for path, figure in ((folder / f"{name}.{end}", figures[name]) for name in figures for end in ("png", "pdf")):
+            with parser.blame("--save_dir"):
+                figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+            print(f"wrote {path}")
+            written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    main()
