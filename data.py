@@ -1,23 +1,31 @@
-"""Data sets as tensors: images as uint8, made floats in [0, 1] batch by batch; augmentation works on tensors."""
+"""Data sets: images as uint8, tensors in memory or files read by worker processes, made floats in [0, 1] batch by batch."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from utils.run import made_folder
 from utils.training import generator
 
 CPU = torch.device("cpu")
-DATASETS = ("cifar10", "digits")
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DATASETS = ("cifar10", "cifar100", "imagenet", "imagefolder", "digits")
+
+Change = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,57 @@ class Split:
         """The first n points."""
         return replace(self, images=self.images[:n], labels=self.labels[:n])
 
+    def in_memory(self) -> Split:
+        """The split itself; its counterpart of files reads them."""
+        return self
+
     def pixels(self) -> tuple[Tensor, Tensor]:
         """All images as float32 in [0, 1], (N, C, H, W), and their labels."""
         return self.images.float() / self.levels, self.labels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """N images in files, read when needed: `batches` cuts a random part of each, `in_memory` has them as `prepare` makes them."""
+
+    files: list[str]
+    labels: Tensor  # (N,) int64
+    size: int  # height and width of an image, in pixels
+    prepare: Change  # resize and crop, nothing random
+    levels: int = 255
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def first(self, n: int) -> FolderSplit:
+        """The first n points; no file is read."""
+        return replace(self, files=self.files[:n], labels=self.labels[:n])
+
+    def in_memory(self) -> Split:
+        """All images read, by as many threads as there are cores. Raises ValueError that names a file that holds no image."""
+        images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+
+        def read(point: int) -> None:
+            images[point] = _read(self.files[point], self.prepare)
+
+        with ThreadPoolExecutor(_cores()) as threads:
+            list(threads.map(read, range(len(self))))
+        return Split(images, self.labels, self.levels, padding=0, flip=False)
+
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """All images, read, as float32 in [0, 1], (N, C, H, W), and their labels."""
+        return self.in_memory().pixels()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return 3, self.size, self.size
 
 
 @dataclass(frozen=True)
@@ -47,8 +103,8 @@ class Dataset:
     """A training and a test split of images of one shape, with a label for each of the class names."""
 
     name: str
-    train: Split
-    test: Split
+    train: Split | FolderSplit
+    test: Split | FolderSplit
     class_names: tuple[str, ...]
 
     @property
@@ -58,74 +114,178 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+        return self.train.shape
 
 
-def load_dataset(name: str, data_dir: str) -> Dataset:
-    """The data set called `name` (cifar10: from data_dir, downloaded if missing). Raises ValueError with what to do if it can't be had."""
-    if name == "digits":
-        return _digits()
-    if name == "cifar10":
-        return _cifar10(Path(data_dir))
+def load_dataset(name: str, data_dir: str, image_size: int = 224, prepare: Change | None = None) -> Dataset:
+    """The data set called `name`; raises ValueError with what to do if it can't be had. CIFAR's are downloaded to data_dir if missing.
+
+    imagenet and imagefolder are data_dir/train/CLASS/*.jpg and data_dir/val/CLASS/*.jpg, made RGB and image_size pixels high and wide:
+    to train, a random part of the image, perhaps mirrored; to test, resized and cut at the centre, or what `prepare` makes of it.
+    """
+    match name:
+        case "digits":
+            return _digits()
+        case "cifar10" | "cifar100":
+            return _cifar(name, Path(data_dir))
+        case "imagenet" | "imagefolder":
+            return _folders(name, Path(data_dir), image_size, prepare)
     raise ValueError(f"unknown data set {name!r}; choose {' or '.join(DATASETS)}")
 
 
 def batches(
-    split: Split, batch_size: int, seed: int, epoch: int, device: torch.device = CPU
+    split: Split | FolderSplit,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    device: torch.device = CPU,
+    first: int = 0,
+    share: tuple[int, int] = (0, 1),
+    workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of augmented batches on `device`: x (B, C, H, W) float32 in [0, 1], y (B,). They depend on (seed, epoch) alone.
 
-    They are cut where the split is, which costs no copy if that is the device; else by a worker process, a batch ahead.
-    The last batch may be smaller, but a single left-over point is not made a batch (BatchNorm may fail on one), unless
-    batch_size or the split is 1.
+    From batch number `first` on; of each the part of process `share` = (rank, number of processes), as torch.tensor_split makes it.
+    Tensors are cut where they are, which costs no copy if that is the device; else by a worker process, a batch ahead. Files are
+    read by `workers` processes (left out: one per core, at most 8), or in this one if 0. Raises ValueError for a broken file.
+    The last batch may be smaller, see `number_of_batches`.
     """
-    cuts = _Cuts(split, batch_size, generator(seed, epoch))
-    found = (
-        (cuts[i] for i in range(len(cuts))) if split.images.device.type == device.type else _from_workers(cuts, device)
-    )
-    for images, labels in found:
-        yield images.float() / split.levels, labels
+    cuts: _Cuts | _Reads
+    if isinstance(split, FolderSplit):
+        cuts = _Reads(split, batch_size, (seed, epoch), share)
+        workers = min(8, _cores()) if workers is None else workers
+    else:
+        cuts = _Cuts(split, batch_size, generator(seed, epoch), share)
+        workers = int(split.images.device.type != device.type)
+    numbers = range(first, len(cuts))
+    for images, labels in _from_workers(cuts, numbers, workers, device) if workers else map(cuts.__getitem__, numbers):
+        yield images.to(device, non_blocking=True).float() / split.levels, labels.to(device, non_blocking=True)
 
 
-def number_of_batches(n: int, batch_size: int) -> int:
-    """How many batches `batches` gives for n points."""
-    return n // batch_size + (n % batch_size > 1 or n == 1 < batch_size)
+def number_of_batches(n: int, batch_size: int, number: int = 1) -> int:
+    """How many batches `batches` gives for n points and `number` processes.
+
+    Points left over are a batch if there are two for each process (BatchNorm may fail on one), or if batch_size or the split is 1.
+    """
+    return n // batch_size + (n % batch_size >= 2 * number or (n == number == 1 < batch_size))
 
 
-def on_device(split: Split, device: torch.device) -> Split:
-    """The split on the device, or as it is where that is a GPU with less than twice the room."""
+def on_device(split: Split | FolderSplit, device: torch.device) -> Split | FolderSplit:
+    """The split on the device, or as it is where it is of files, or the device a GPU with less than twice the room."""
+    if isinstance(split, FolderSplit):
+        return split
     if device.type == "cuda" and 2 * split.images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return split
     return replace(split, images=split.images.to(device), labels=split.labels.to(device))
 
 
-class _Cuts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """The batches of an epoch, uint8, by number. All random choices are drawn at once, so that cutting waits for nothing."""
+class _Parts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """A process' parts of an epoch's batches, by number: which places in the epoch's order are whose."""
 
-    def __init__(self, split: Split, batch_size: int, draws: torch.Generator) -> None:
-        n, device = len(split), split.images.device
-        self.split, self.batch_size, self.number = split, batch_size, number_of_batches(n, batch_size)
-        self.order = torch.randperm(n, generator=draws).to(device)
-        self.shift = torch.randint(0, 2 * split.padding + 1, (2, n, 1), generator=draws).to(device)
-        self.mirrored = (torch.rand(n, 1, generator=draws) < 0.5).to(device) if split.flip else None
+    def __init__(self, n: int, batch_size: int, share: tuple[int, int], draws: torch.Generator) -> None:
+        self.batch_size, self.share, self.number = batch_size, share, number_of_batches(n, batch_size, share[1])
+        self.order = torch.randperm(n, generator=draws)
 
     def __len__(self) -> int:
         return self.number
 
+    def places(self, number: int) -> slice:
+        rank, processes = self.share
+        start = number * self.batch_size
+        each, more = divmod(min(self.batch_size, len(self.order) - start), processes)
+        start += rank * each + min(rank, more)
+        return slice(start, start + each + (rank < more))
+
+
+class _Cuts(_Parts):
+    """Batches cut from tensors, uint8. All random choices are drawn at once, so that cutting waits for nothing."""
+
+    def __init__(self, split: Split, batch_size: int, draws: torch.Generator, share: tuple[int, int] = (0, 1)) -> None:
+        n, device = len(split), split.images.device
+        super().__init__(n, batch_size, share, draws)
+        self.split, self.order = split, self.order.to(device)
+        self.shift = torch.randint(0, 2 * split.padding + 1, (2, n, 1), generator=draws).to(device)
+        self.mirrored = (torch.rand(n, 1, generator=draws) < 0.5).to(device) if split.flip else None
+
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        places = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        places = self.places(number)
         chosen = self.order[places]
         mirrored = None if self.mirrored is None else self.mirrored[places]
         images = _augment(self.split.images[chosen], self.split.padding, self.shift[:, places], mirrored)
         return images, self.split.labels[chosen]
 
 
-def _from_workers(cuts: _Cuts, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches from a process that cuts them ahead, pinned, so that the host does not wait for the copy to the device."""
-    loader = torch.utils.data.DataLoader(cuts, batch_size=None, num_workers=1, pin_memory=device.type == "cuda")
-    for images, labels in loader:
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+class _Reads(_Parts):
+    """Batches read from files, uint8: of each image a random part, perhaps mirrored, that depends on (seed, epoch, point) alone."""
+
+    def __init__(self, split: FolderSplit, batch_size: int, key: tuple[int, int], share: tuple[int, int]) -> None:
+        from torchvision.transforms import v2
+
+        super().__init__(len(split), batch_size, share, generator(*key))
+        self.split, self.key = split, key
+        self.augment = v2.Compose([v2.RandomResizedCrop(split.size), v2.RandomHorizontalFlip()])
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        chosen = self.order[self.places(number)]
+        images = torch.empty(len(chosen), *self.split.shape, dtype=torch.uint8)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            for row, point in enumerate(chosen.tolist()):
+                torch.default_generator.manual_seed(generator(*self.key, point).initial_seed())
+                images[row] = _read(self.split.files[point], self.augment)
+        return images, self.split.labels[chosen]
+
+
+def _from_workers(cuts: _Parts, numbers: range, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches from processes that make them ahead, pinned, so that the host does not wait for the copy to the device."""
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        cuts,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # else it would draw a seed from the global one
+    )
+    try:
+        yield from loader
+    except BaseException as error:
+        traceback.clear_frames(
+            error.__traceback__
+        )  # they would keep the workers, and lose them to the garbage collector
+        raise
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process, and the main one answers them; a worker ends when that one tells it to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none: there anybody's SIGTERM ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    # multiprocessing ends by SIGTERM the workers that an error's traceback keeps alive, and waits for them.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read(file: str, change: Change) -> Tensor:
+    """The image in a file as RGB after `change`, (3, H, W) uint8. Raises ValueError that names the file if it holds none."""
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    try:
+        image = default_loader(file)
+    except Exception as error:  # whatever the decoders raise, the file is what is wrong
+        raise ValueError(f"{file} can't be read as an image: {error}") from error
+    pixels: Tensor = pil_to_tensor(change(image))
+    return pixels
 
 
 def _augment(images: Tensor, padding: int, shift: Tensor, mirrored: Tensor | None) -> Tensor:
@@ -160,33 +320,70 @@ def _digits() -> Dataset:
     return Dataset("digits", split(train), split(test), tuple("0123456789"))
 
 
-def _cifar10(data_dir: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10
+def _cifar(name: str, data_dir: Path) -> Dataset:
+    """CIFAR-10 or CIFAR-100: 50,000 and 10,000 images of 32 x 32."""
+    from torchvision.datasets import CIFAR10, CIFAR100
 
-    how = "give the folder that holds cifar-10-batches-py with --data_dir, or use --dataset=digits, which needs no download"
-    if not (data_dir / CIFAR10.base_folder).exists():
-        _download_cifar10(data_dir, how)
-
-    def split(train: bool) -> Split:
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    place = data_dir / kind.base_folder
+    how = f"give the folder that holds {kind.base_folder} with --data_dir, or use --dataset=digits, which needs no download"
+    if not place.exists():
+        # Into a folder beside, and moved in place when whole: a failure leaves nothing behind.
         try:
-            part = CIFAR10(str(data_dir), train=train)
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise ValueError(
-                f"{data_dir / CIFAR10.base_folder} is not whole: delete it to load it again; {how}"
-            ) from error
+            with made_folder(data_dir), tempfile.TemporaryDirectory(dir=data_dir) as part:
+                kind(part, download=True)
+                shutil.move(Path(part) / kind.base_folder, place)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{name} is not in {data_dir} and could not be downloaded: {how}") from error
+    try:
+        train, test = kind(str(data_dir), train=True), kind(str(data_dir), train=False)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{place} is not whole: delete it to load it again; {how}") from error
+
+    def split(part: CIFAR10) -> Split:
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(part.targets), levels=255, padding=4, flip=True)
 
-    return Dataset("cifar10", split(train=True), split(train=False), CIFAR10_CLASSES)
+    return Dataset(name, split(train), split(test), tuple(train.classes))
 
 
-def _download_cifar10(data_dir: Path, how: str) -> None:
-    """Download into a folder beside, and move it in place when whole: a failure leaves nothing behind."""
-    from torchvision.datasets import CIFAR10
+def _folders(name: str, data_dir: Path, size: int, prepare: Change | None) -> Dataset:
+    """Images in data_dir/{train,val}/CLASS; the classes in alphabetical order, the points in a random one that is always the same."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
 
     try:
-        with made_folder(data_dir), tempfile.TemporaryDirectory(dir=data_dir) as part:
-            CIFAR10(part, download=True)
-            shutil.move(Path(part) / CIFAR10.base_folder, data_dir / CIFAR10.base_folder)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"CIFAR-10 is not in {data_dir} and could not be downloaded: {how}") from error
+        train, val = (ImageFolder(str(data_dir / part)) for part in ("train", "val"))
+    except OSError as error:
+        raise ValueError(
+            f"{error}; {name} is read from train/CLASS/*.jpg and val/CLASS/*.jpg in the folder that --data_dir names, "
+            "and never downloaded"
+        ) from error
+    if odd := sorted({*train.classes} ^ {*val.classes}):
+        shown = ", ".join(f"{word} (only in {'train' if word in train.classes else 'val'})" for word in odd[:3])
+        raise ValueError(
+            f"train and val in --data_dir={data_dir} must have the same classes; {len(odd)} differ, such as {shown}"
+        )
+    if prepare is None:
+        prepare = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
+    else:
+        size = prepare(Image.new("RGB", (size, size))).width
+
+    def split(part: ImageFolder) -> FolderSplit:
+        labels = torch.tensor(part.targets)
+        order = _fixed_order(labels)
+        return FolderSplit([part.samples[point][0] for point in order.tolist()], labels[order], size, prepare)
+
+    return Dataset(name, split(train), split(val), tuple(train.classes))
+
+
+def _fixed_order(labels: Tensor) -> Tensor:
+    """A random order (N,) of points with labels (N,), always the same, in which every beginning has the classes in proportion."""
+    draws = generator(0)
+    by_class = torch.randperm(len(labels), generator=draws)
+    by_class = by_class[labels[by_class].argsort(stable=True)]
+    counts = labels.bincount()
+    turn = torch.cat([torch.arange(n) for n in counts.tolist()])
+    # The j-th of a class' n points has its place at random between j/n and (j + 1)/n of the whole.
+    place = (turn + torch.rand(len(labels), generator=draws, dtype=torch.float64)) / counts.repeat_interleave(counts)
+    return by_class[place.argsort(stable=True)]

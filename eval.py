@@ -4,6 +4,7 @@ python eval.py --model_name=runs/RUN/ep_80.pth --n_ex=1000                   one
 python eval.py --model_name=pretr_L1.pth --l_norms='Linf L2 L1'              the authors' networks (downloaded to --model_dir)
 python eval.py --model_name=RB_Engstrom2019Robustness                        RobustBench's
 python eval.py --model_name=my_nets.py:make_net                              any: the function returns a module on [0, 1] images
+python eval.py --dataset=imagenet --data_dir=DIR --model_name=RB_Salman2020Do_R50    DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg
 
 The standard evaluation: APGD-CE and APGD-T, 100 steps, 10 restarts in all for each norm (arXiv 2105.12508, section 5),
 L1 after a brief run of a fifth of the steps at the radius itself.
@@ -11,6 +12,7 @@ L1 after a brief run of a fifth of the steps at the radius itself.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,8 +24,9 @@ from attacks.results import Evaluation, as_json, paired, robustbench_fields, run
 from attacks.standard import evaluate
 from attacks.threat import NORMS, threats_for
 from attacks.work import Budget, Points
-from data import DATASETS, load_dataset
+from data import DATASETS, FolderSplit, Split, load_dataset
 from models.pretrained import check_fits, load_model
+from models.robustbench_zoo import published_preparation
 from utils.checkpoint import fingerprint
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
 from utils.distributed import from_first, local_device, processes
@@ -35,6 +38,7 @@ from utils.training import choose_device
 # An evaluation can go on only if none of these changed. Not the device, the batch size or the number of processes.
 DECIDE = (
     "dataset",
+    "image_size",
     "n_ex",
     "l_norms",
     "l_eps",
@@ -64,7 +68,17 @@ def make_parser() -> Parser:
         points, "--dataset", choices=DATASETS, help="data set (the one the checkpoint was trained on, else cifar10)"
     )
     add_flag(
-        points, "--data_dir", default="./datasets", help="folder that holds or gets cifar-10-batches-py (%(default)s)"
+        points,
+        "--data_dir",
+        default="./datasets",
+        help="folder that holds or gets CIFAR's folder, or holds train/CLASS/*.jpg and val/CLASS/*.jpg (%(default)s)",
+    )
+    add_flag(
+        points,
+        "--image_size",
+        type=positive_int,
+        help="height and width of the images in pixels, for imagenet and imagefolder: resized to 8/7 of it and cut at the centre "
+        "(the checkpoint's; an RB_ network's published way; else 224)",
     )
     add_flag(
         points,
@@ -155,8 +169,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args.dataset = args.dataset or loaded.about.get("dataset", "cifar10")
     threats = [] if args.only_clean else threats_for(args.dataset, args.l_norms, args.l_eps)
     args.l_eps = [threat.eps for threat in threats]
+    image_size = args.image_size or loaded.about.get("image_size")
     with parser.blame("--data_dir"):
-        data = load_dataset(args.dataset, args.data_dir)
+        prepare = published_preparation(loaded.spec, image_size)
+        data = load_dataset(args.dataset, args.data_dir, image_size or 224, prepare)
+    of_files = isinstance(data.test, FolderSplit)
+    if args.image_size and not of_files:
+        parser.error(f"argument --image_size: the images of {args.dataset} have one size, leave this flag out")
+    args.image_size = data.shape[1] if of_files else None
     if args.n_ex and args.n_ex > len(data.test):
         parser.error(f"argument --n_ex: {args.dataset} has {len(data.test)} test points, {args.n_ex} were asked for")
     args.n_ex = args.n_ex or min(1000, len(data.test))
@@ -166,7 +186,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     model = loaded.model.eval().to(device).requires_grad_(False)
     with parser.blame("--model_name"):
         check_fits(model, data.shape, data.num_classes)
+    with parser.blame("--data_dir"):
+        test = data.test.first(args.n_ex).in_memory()
     asked = {name: getattr(args, name) for name in DECIDE} | {"network": fingerprint(model)}
+    if of_files:
+        asked["points"] = points_fingerprint(test)  # the data set's name does not tell which they are
     asked["runs"] = [
         f"{threat}: {run}"
         for threat in threats
@@ -177,7 +201,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         # The first process chooses the folder; what went wrong there is told in all of them.
         with parser.blame("--resume" if args.resume else "--save_dir"):
             folder = from_first(lambda: folder_for(args.save_dir, parts, asked, args.resume))
-        test = data.test.first(args.n_ex)
         if share[0] == 0:
             attacked = ", ".join(map(str, threats)) or "no attack"
             print(
@@ -262,6 +285,13 @@ def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: b
     if different:
         raise ValueError(f"{newest} was made with another {', '.join(different)}: give the same, or leave --resume out")
     return newest
+
+
+def points_fingerprint(test: Split) -> str:
+    """SHA-256 of the images and labels."""
+    digest = hashlib.sha256(test.images.numpy().data)
+    digest.update(test.labels.numpy().data)
+    return digest.hexdigest()
 
 
 def check_baseline(baseline: dict[str, Any], args: Namespace) -> None:

@@ -14,6 +14,9 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 
 RADII: dict[str, dict[Norm, float]] = {
     "cifar10": {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
+    "cifar100": {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
+    "imagenet": {"Linf": 4 / 255, "L2": 2.0, "L1": 255.0},  # for 224 pixels
+    "imagefolder": {"Linf": 4 / 255, "L2": 2.0, "L1": 255.0},
     "digits": {"Linf": 0.1, "L2": 0.4, "L1": 2.0},  # how they were chosen: docs/digits.md
 }
 

@@ -53,6 +53,17 @@ def load_model(name: str, model_dir: str, dataset: str, act: str | None = None) 
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
 
 
+def rebuild(spec: Spec, name: str | None) -> nn.Module:
+    """The network that a spec tells, without its weights; one that a function makes is called `name`. Raises ValueError."""
+    if spec.get("arch") == "function":
+        function = (name or "").partition("@")[0]
+        if function != spec["function"]:
+            raise ValueError(f"its network comes from {spec['function']}, not from {name}")
+        file, _, function = function.rpartition(":")
+        return _from_function(Path(file), function, None).model
+    return build_model(**spec)
+
+
 def _split_robustbench(name: str) -> tuple[str, str | None]:
     model_id = name.removeprefix("RB_")
     for threat in THREATS:
@@ -103,7 +114,9 @@ def _from_file(path: Path, dataset: str, act: str | None) -> Loaded:
 
 def _about(content: Any) -> dict[str, Any]:
     return {
-        key: content[key] for key in ("dataset", "epoch", "threats") if isinstance(content, dict) and key in content
+        key: content[key]
+        for key in ("dataset", "image_size", "epoch", "threats")
+        if isinstance(content, dict) and key in content
     }
 
 

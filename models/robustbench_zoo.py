@@ -8,17 +8,19 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from utils.run import made_folder
 
 THREATS = ("Linf", "L2")
+DATASETS = ("cifar10", "cifar100", "imagenet")
 
 
 def load_robustbench(model_id: str, threat: str | None, dataset: str, model_dir: Path) -> tuple[nn.Module, str]:
@@ -45,9 +47,10 @@ def load_robustbench(model_id: str, threat: str | None, dataset: str, model_dir:
                     shutil.move(file, place / file.name)
         except Exception as error:
             ids = _models(dataset, threat)[model_id].get("gdrive_id")
+            # Without an address here the weights come through timm or torchvision, which keep them in a cache of their own.
+            browser = f"; get https://drive.google.com/uc?id={ids} in a browser and save it as {place / model_id}.pt"
             raise ValueError(
-                f"{model_id} could not be downloaded ({_first_line(error)}); get https://drive.google.com/uc?id={ids} "
-                f"in a browser and save it as {place / model_id}.pt"
+                f"{model_id} could not be downloaded ({_first_line(error)}){browser if ids else ''}"
             ) from error
     return model, threat
 
@@ -58,6 +61,23 @@ def build_robustbench(model_id: str, threat: str, dataset: str) -> nn.Module:
         entry = _models(dataset, _find(model_id, threat, dataset))[model_id]
         model: nn.Module = entry["model"]()
         return model
+
+
+def published_preparation(spec: dict[str, Any], size: int | None) -> Callable[[Image.Image], Image.Image] | None:
+    """How RobustBench makes a test image of a file for this network: resize and crop. None if it does not, or to another size.
+
+    Most of its ImageNet networks are shown 224 of 256 pixels, bilinear or bicubic; some other parts, of 224 or 288 pixels.
+    """
+    if spec.get("arch") != "robustbench" or spec["dataset"] != "imagenet":
+        return None
+    with _importable():
+        from robustbench.data import get_preprocessing
+        from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+        from torchvision.transforms import Compose
+
+        whole = get_preprocessing(BenchmarkDataset.imagenet, ThreatModel(spec["threat"]), spec["model_id"], None)
+    kept: Callable[[Image.Image], Image.Image] = Compose(whole.transforms[:-1])  # the last makes it a tensor
+    return kept if size in (None, kept(Image.new("RGB", (256, 256))).width) else None
 
 
 def _find(model_id: str, threat: str | None, dataset: str) -> str:
@@ -79,10 +99,9 @@ def _models(dataset: str, threat: str) -> dict[str, Any]:
     from robustbench.model_zoo import model_dicts
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
 
-    datasets = {"cifar10": BenchmarkDataset.cifar_10}
-    if dataset not in datasets:
-        raise ValueError(f"RobustBench has no models for {dataset}; its networks here are for cifar10")
-    return dict(model_dicts[datasets[dataset]].get(ThreatModel(threat), {}))
+    if dataset not in DATASETS:
+        raise ValueError(f"RobustBench has no models for {dataset}; its networks are for {' or '.join(DATASETS)}")
+    return dict(model_dicts[BenchmarkDataset(dataset)].get(ThreatModel(threat), {}))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -95,6 +96,40 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
         assert not torch.equal(y, epoch(seed, number)[1])
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (11, 5), (13, 12), (21, 8), (23, 8), (24, 8), (7, 16), (9, 16)])
+def test_a_resumed_epoch_and_the_parts_of_processes(n: int, batch_size: int, number: int) -> None:
+    split = numbered(n, flip=True)
+    whole = list(batches(split, batch_size, 0, 1))
+    parts = [list(batches(split, batch_size, 0, 1, share=(rank, number))) for rank in range(number)]
+    # Left-over points are a batch if there are two for each process.
+    assert {len(part) for part in parts} == {number_of_batches(n, batch_size, number)}
+    assert number_of_batches(n, batch_size, number) == n // batch_size + (n % batch_size >= 2 * number)
+    for shares, (x, y) in zip(zip(*parts, strict=True), whole, strict=False):
+        assert torch.equal(torch.cat([part for part, _ in shares]), x)
+        assert torch.equal(torch.cat([part for _, part in shares]), y)
+        assert [len(part) for _, part in shares] == [len(part) for part in y.tensor_split(number)]
+    for first in range(len(parts[-1]) + 1):
+        rest = list(batches(split, batch_size, 0, 1, first=first, share=(number - 1, number)))
+        assert len(rest) == len(parts[-1]) - first
+        for (x, y), (other_x, other_y) in zip(rest, parts[-1][first:], strict=True):
+            assert torch.equal(x, other_x)
+            assert torch.equal(y, other_y)
+
+
+def test_a_part_alone_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[int] = []
+    monkeypatch.setattr("data._augment", lambda images, *_: cut.append(len(images)) or images)
+    list(batches(numbered(23), 8, 0, 0, first=1, share=(1, 2)))
+    assert cut == [4, 3]
+
+
+def test_the_batches_that_a_seed_has_always_had() -> None:
+    x, y = next(batches(load_dataset("digits", "/nowhere").train, 16, seed=3, epoch=2))
+    assert y.tolist() == [6, 1, 3, 8, 4, 7, 9, 9, 5, 3, 1, 2, 3, 6, 1, 3]
+    assert digest(x) == "a824cd52e80a83d2"
+
+
 def test_batches_are_pixels_of_their_labels() -> None:
     split = numbered(20, padding=0)
     for x, y in batches(split, 6, seed=0, epoch=0):
@@ -148,7 +183,8 @@ def test_augment_keeps_images_apart() -> None:
 def test_workers_cut_the_same_batches(n: int) -> None:
     split = numbered(n, flip=True)
     cuts = _Cuts(split, 8, torch.Generator().manual_seed(0))
-    here, there = [cuts[i] for i in range(len(cuts))], list(_from_workers(cuts, torch.device("cpu")))
+    here = [cuts[i] for i in range(len(cuts))]
+    there = list(_from_workers(cuts, range(len(cuts)), 1, torch.device("cpu")))
     assert len(here) == len(there) == number_of_batches(n, 8)
     for (x, y), (other_x, other_y) in zip(here, there, strict=True):
         assert torch.equal(x, other_x)
@@ -201,6 +237,35 @@ def test_cifar10_files() -> None:
         assert (split.levels, split.padding, split.flip) == (255, 4, True)
 
 
+def pickled(path: Path, **content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "meta"), [("cifar10", "labels", "batches.meta"), ("cifar100", "fine_labels", "meta")]
+)
+def test_cifar_is_read_from_its_files(
+    name: str, labels: str, meta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision
+
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    place, rows = tmp_path / kind.base_folder, torch.arange(3 * 3072).remainder(251).to(torch.uint8).view(3, 3072)
+    for file, _ in kind.train_list + kind.test_list:
+        pickled(place / file, data=rows.numpy(), **{labels: [4, 0, 7]})
+    words = tuple(f"class {k}" for k in range(int(name.removeprefix("cifar"))))
+    pickled(place / meta, **{kind.meta["key"]: list(words)})
+    data = load_dataset(name, str(tmp_path))
+    assert (data.name, data.class_names, data.num_classes, data.shape) == (name, words, len(words), (3, 32, 32))
+    assert (len(data.train), len(data.test)) == (3 * len(kind.train_list), 3)
+    assert data.test.labels.tolist() == [4, 0, 7]
+    assert torch.equal(data.test.images.flatten(1), rows)
+    assert (data.train.levels, data.train.padding, data.train.flip) == (255, 4, True)
+    assert data.test.in_memory() is data.test
+
+
 @pytest.mark.parametrize("existed", [True, False])
 @pytest.mark.parametrize("error", [RuntimeError("File not found or corrupted."), OSError("no network")])
 def test_failed_download_leaves_nothing(
@@ -219,8 +284,9 @@ def test_failed_download_leaves_nothing(
     if existed:
         folder.mkdir()
         (folder / "mine").write_text("keep")
-    with pytest.raises(ValueError, match=r"--data_dir.*--dataset=digits"):
-        load_dataset("cifar10", str(folder))
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(ValueError, match=rf"{name} is not in .*--data_dir.*--dataset=digits"):
+            load_dataset(name, str(folder))
     assert sorted(path.name for path in tmp_path.rglob("*")) == (["data", "mine"] if existed else [])
 
 

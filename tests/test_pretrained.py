@@ -1,16 +1,19 @@
 """Networks by name: files of every usual wrapping, downloads that go wrong, RobustBench's from a file in place."""
 
 import http.server
+import json
 import os
 import threading
 import types
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from urllib.request import urlretrieve
 
 import gdown
 import pytest
 import torch
+from PIL import Image
 
 from models import build_model, pretrained
 from models.pretrained import load_model
@@ -123,6 +126,81 @@ def test_robustbench_names_with_underscores_and_unknown_ones(tmp_path: Path, mon
     monkeypatch.setattr(robustbench.utils, "download_gdrive_new", web_page)
     with pytest.raises(ValueError, match=r"could not be downloaded.*save it as .*Wong2020Fast\.pt"):
         load_model("RB_Wong2020Fast", str(tmp_path / "new"), "cifar10")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_id", "dataset", "size", "way"),
+    [
+        ("Salman2020Do_R50", "imagenet", 224, "size=256, interpolation=bilinear"),
+        ("Liu2023Comprehensive_ConvNeXt-B", "imagenet", 224, "size=256, interpolation=bicubic"),
+        ("Debenedetti2022Light_XCiT-S12", "imagenet", 224, "size=224, interpolation=bicubic"),
+        ("Mo2022When_ViT-B", "imagenet", 224, "size=[224, 224]"),
+        ("Wong2020Fast", "imagenet", 288, "CenterCrop"),
+        ("Addepalli2021Towards_PARN18", "cifar100", None, ""),
+        ("Wong2020Fast", "cifar10", None, ""),
+    ],
+)
+def test_robustbench_tells_how_its_test_images_are_made(
+    model_id: str, dataset: str, size: int | None, way: str
+) -> None:
+    from models import robustbench_zoo
+
+    with robustbench_zoo._importable():
+        assert robustbench_zoo._find(model_id, None, dataset) == "Linf"
+    spec = {"arch": "robustbench", "model_id": model_id, "threat": "Linf", "dataset": dataset}
+    prepare = robustbench_zoo.published_preparation(spec, size)
+    assert robustbench_zoo.published_preparation(spec, 96) is None
+    if size is None:
+        assert prepare is None
+    else:
+        assert prepare is not None
+        assert prepare(Image.new("RGB", (500, 400))).size == (size, size)
+        assert way in str(prepare)
+
+
+def test_a_robustbench_network_of_imagenet_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import eval as eval_script
+
+    monkeypatch.chdir(tmp_path)
+    spec = {"arch": "robustbench", "model_id": "Salman2020Do_R18", "threat": "Linf", "dataset": "imagenet"}
+    torch.manual_seed(0)
+    theirs = build_model(**spec).eval()
+    place = tmp_path / "nets" / "imagenet" / "Linf"
+    place.mkdir(parents=True)
+    torch.save(theirs.model.state_dict(), place / "Salman2020Do_R18.pt")
+    for part, number in product(("train", "val"), range(1000)):
+        file = tmp_path / "images" / part / f"n{number:04}" / "1.png"
+        file.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (number % 256, 0, number // 4)).save(file)
+    flags = ["--dataset=imagenet", "--data_dir=images", "--model_name=RB_Salman2020Do_R18", "--model_dir=nets"]
+    folder = eval_script.main([*flags, "--only_clean", "--n_ex=2", "--device=cpu"])
+    assert json.loads((folder / "eval.json").read_text())["settings"]["image_size"] == 224
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    loaded = load_model("RB_Salman2020Do_R18", "nets", "imagenet")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), theirs(images))
+
+
+def test_robustbench_networks_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from models import robustbench_zoo
+
+    with robustbench_zoo._importable():
+        import robustbench.utils
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(robustbench.utils, "download_gdrive_new", no_network)
+    monkeypatch.setattr(robustbench.utils.timm, "create_model", no_network)
+    with pytest.raises(ValueError, match=r"no network.*uc\?id=1OThC.*save it as .*imagenet.Linf.Salman2020Do_R18\.pt"):
+        load_model("RB_Salman2020Do_R18", str(tmp_path / "new"), "imagenet")
+    with pytest.raises(ValueError, match=r"XCiT-S12 could not be downloaded \(OSError: no network\)$"):
+        load_model("RB_Debenedetti2022Light_XCiT-S12", str(tmp_path / "new"), "imagenet")
+    with pytest.raises(ValueError, match="cifar10 or cifar100 or imagenet"):
+        load_model("RB_Salman2020Do_R18", str(tmp_path / "new"), "imagefolder")
+    with pytest.raises(ValueError, match=r"no imagenet model 'Salman2020Do_R19'.*did you mean.*RB_Salman2020Do_R18"):
+        load_model("RB_Salman2020Do_R19", str(tmp_path / "new"), "imagenet")
     assert not (tmp_path / "new").exists()
 
 
