@@ -5,18 +5,23 @@ python train.py --attack=apgd --l_norms=L2 --l_eps=0.5 --at_iter=10             
 python train.py --attack=apgd --l_norms='Linf L1' --finetune_model --lr-schedule=piecewise-ft --model_name=pretr_Linf.pth
 python train.py --attack=apgd --l_norms='Linf L1' --finetune_model --model_name=RB_Engstrom2019Robustness
 python train.py --dataset=digits --attack=apgd --l_norms='Linf L1' --final_eval      on a laptop, in minutes
+python train.py --resume=runs/RUN                                                    go on with a run that was ended
+torchrun --nproc_per_node=8 train.py --attack=apgd --l_norms='Linf L1' --resume      on 8 GPUs; goes on if it was ended
 
 Without --attack the training is standard: no adversarial points.
 """
 
 from __future__ import annotations
 
-import math
+import shutil
+import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +34,14 @@ from attacks.apgd import Model, apgd
 from attacks.multinorm import EAT
 from attacks.results import Evaluation, as_json, summarise
 from attacks.standard import evaluate
-from attacks.threat import NORMS, RADII, Threat, threats_for
+from attacks.threat import NORMS, RADII, threats_for
 from attacks.work import Budget, Points
-from data import DATASETS, Dataset, Split, batches, load_dataset, number_of_batches, on_device
+from data import DATASETS, Dataset, FolderSplit, Split, batches, load_dataset, number_of_batches, on_device
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS
-from models.pretrained import check_fits, check_one_point, load_model
-from utils.checkpoint import save_whole
+from models.pretrained import check_fits, check_one_point, load_model, rebuild
+from models.robustbench_zoo import published_preparation
+from utils.checkpoint import load_tensors, save_whole
 from utils.cli import (
     Parser,
     add_flag,
@@ -45,12 +51,57 @@ from utils.cli import (
     natural_int,
     positive_float,
     positive_int,
+    share_of_one,
     word_list,
 )
-from utils.run import append_json_line, environment, new_folder, table, write_json
+from utils.distributed import (
+    average_buffers,
+    data_parallel,
+    from_first,
+    local_device,
+    only_in_last,
+    processes,
+    share_statistics,
+    summed,
+    wait_for_all,
+)
+from utils.resume import ANY_RUN, Before, check_same, claim, cut_metrics, note_resumed, run_before, with_saved_command
+from utils.run import append_json_line, emptied, environment, flat, new_folder, table, write_json
 from utils.schedules import lr_schedule
+from utils.signals import Interrupted, Signals
 from utils.speed import AMPS, check_format, full_precision, in_format, set_up
-from utils.training import Meter, choose_device, console_line, eval_mode, frozen, generator, parameter_groups, set_lr
+from utils.state import Keeper, NotFinite, Stateful, check_finite, state_files
+from utils.training import (
+    Meter,
+    Watch,
+    averaged,
+    choose_device,
+    console_line,
+    eval_mode,
+    frozen,
+    generator,
+    parameter_groups,
+    set_lr,
+)
+
+# What may be another when a run goes on: the weights don't depend on it (on device and threads by rounding alone).
+FREE = {
+    "resume",
+    "data_dir",
+    "model_dir",
+    "workers",
+    "eval_freq",
+    "n_ex_eval",
+    "final_eval",
+    "batch_size_eval",
+    "save_dir",
+    "save_freq",
+    "save_every",
+    "save_optim",
+    "tensorboard",
+    "threads",
+    "device",
+}
 
 
 def make_parser() -> Parser:
@@ -76,12 +127,33 @@ def make_parser() -> Parser:
     points = parser.add_argument_group("points")
     add_flag(points, "--dataset", choices=DATASETS, default="cifar10", help="data set (%(default)s)")
     add_flag(
-        points, "--data_dir", default="./datasets", help="folder that holds or gets cifar-10-batches-py (%(default)s)"
+        points,
+        "--data_dir",
+        default="./datasets",
+        help="folder that holds or gets cifar-10-batches-py or cifar-100-python, or holds train/ and val/ of images (%(default)s)",
     )
+    add_flag(
+        points,
+        "--image_size",
+        type=positive_int,
+        help="height and width in pixels to which imagefolder's and imagenet's images are cut (the start network's, else 224)",
+    )
+    add_flag(points, "--workers", type=positive_int, help="processes that read image files (8, or the cores if fewer)")
     add_flag(points, "--n_ex_train", type=positive_int, help="train on the first so many points (all)")
-    add_flag(points, "--batch_size", type=positive_int, default=128, help="points an update (%(default)s)")
+    add_flag(
+        points, "--batch_size", type=positive_int, default=128, help="points an update, of all processes (%(default)s)"
+    )
+    add_flag(
+        points,
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        help="pieces into which a process cuts its part of a batch, for less memory (%(default)s)",
+    )
     sgd = parser.add_argument_group("optimisation")
-    add_flag(sgd, "--epochs", type=positive_int, help="passes over the training points (80; fine-tuning: 3)")
+    add_flag(
+        sgd, "--epochs", type=positive_int, help="passes over the training points (80; fine-tuning: 3, imagenet: 1)"
+    )
     add_flag(
         sgd,
         "--lr-schedule",
@@ -91,20 +163,37 @@ def make_parser() -> Parser:
         sgd,
         "--lr-max",
         type=positive_float,
-        help="highest learning rate (0.05; fine-tuning another network than the RN-18: 0.01)",
+        help="highest learning rate (0.05; fine-tuning another network than the RN-18: 0.01, on imagenet 0.005, XCiT 1e-4)",
     )
     add_flag(
         sgd,
         "--weight_decay",
         type=natural_float,
-        default=5e-4,
-        help="of SGD; from scratch not on biases and norms (%(default)s)",
+        help="of SGD; from scratch not on biases and norms (5e-4; fine-tuning on imagenet: 1e-4)",
     )
     add_flag(
         sgd,
         "--lr_no_decay",
         type=positive_float,
         help="constant rate of biases and norms from scratch; 1.0 as published (follows the schedule)",
+    )
+    add_flag(
+        sgd,
+        "--grad_clip",
+        type=positive_float,
+        help="largest L2 norm of an update's gradient, to which longer ones are scaled (no limit)",
+    )
+    add_flag(
+        sgd,
+        "--ema",
+        type=share_of_one,
+        help="also keep averaged weights: this share of the average stays at each update, as 0.999 (off)",
+    )
+    add_flag(
+        sgd,
+        "--sync_bn",
+        action="store_true",
+        help="BatchNorm's statistics over the points of all processes, instead of each process' own (off)",
     )
     add_flag(sgd, "--loss", choices=["ce"], default="ce", help="loss of the update: ce, cross-entropy (%(default)s)")
     add_flag(
@@ -125,7 +214,10 @@ def make_parser() -> Parser:
         help="a radius per norm, in pixels of [0, 1], fractions too (the data set's)",
     )
     add_flag(
-        attack, "--at_iter", type=positive_int, default=10, help="steps of the attack, in every norm (%(default)s)"
+        attack,
+        "--at_iter",
+        type=positive_int,
+        help="steps of the attack, in every norm (10; fine-tuning on imagenet: 5, L1 15)",
     )
     add_flag(attack, "--l_iters", type=int_list, help="steps of the attack, one number per norm (--at_iter)")
     test = parser.add_argument_group("evaluation")
@@ -154,6 +246,21 @@ def make_parser() -> Parser:
         type=positive_int,
         help="epochs between checkpoints; the last epoch is always saved (10; fine-tuning: 1)",
     )
+    add_flag(
+        run,
+        "--resume",
+        nargs="?",
+        const=ANY_RUN,
+        metavar="RUN",
+        help="go on with the run in this folder, its flags are known; without RUN: with this command's newest run, if any (off)",
+    )
+    add_flag(
+        run,
+        "--save_every",
+        type=positive_float,
+        default=15.0,
+        help="minutes after which the state is saved within an epoch too, to resume from (%(default)s)",
+    )
     add_flag(run, "--save_optim", action="store_true", help="keep the optimizer's state in checkpoints (off)")
     add_flag(
         run,
@@ -164,6 +271,12 @@ def make_parser() -> Parser:
     )
     add_flag(run, "--compile", action="store_true", help="compile the network with torch.compile (off)")
     add_flag(run, "--threads", type=positive_int, help="CPU threads (PyTorch's choice: the cores)")
+    add_flag(
+        run,
+        "--tensorboard",
+        action="store_true",
+        help="also write the metrics for TensorBoard, in RUN/tensorboard (off)",
+    )
     add_flag(run, "--notes_run", default="", help="a word for the run folder's name (none)")
     add_flag(run, "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s: the best there is)")
     return parser
@@ -183,11 +296,18 @@ def resolve(args: Namespace, parser: Parser) -> None:
         parser.error("argument --lr_no_decay: fine-tuning decays all parameters alike, leave this flag out")
     if not args.finetune_model:
         args.act, args.width = args.act or "softplus1", args.width or (16 if args.dataset == "digits" else 64)
-    args.epochs = args.epochs or (3 if args.finetune_model else 80)
+    big = args.finetune_model and args.dataset == "imagenet"  # with the published settings of ImageNet
+    args.epochs = args.epochs or (1 if big else 3 if args.finetune_model else 80)
+    args.weight_decay = (1e-4 if big else 5e-4) if args.weight_decay is None else args.weight_decay
     args.save_freq = args.save_freq or (1 if args.finetune_model else 10)
     args.lr_schedule = args.lr_schedule or ("piecewise-ft" if args.finetune_model else "piecewise-70-10")
     args.l_norms = args.l_norms or ["Linf", "L1"]
-    args.l_iters = args.l_iters or [args.at_iter] * len(args.l_norms)
+    args.l_iters = args.l_iters or [
+        args.at_iter or (10 if not big else 15 if norm == "L1" else 5) for norm in args.l_norms
+    ]
+    args.at_iter = args.at_iter or 10
+    if args.tensorboard and find_spec("tensorboard") is None:
+        parser.error("argument --tensorboard: the package is missing: pip install tensorboard")
     with parser.blame("--lr-schedule"):
         lr_schedule(args.lr_schedule, 1.0)
     with parser.blame("--l_norms"):
@@ -205,21 +325,30 @@ def resolve(args: Namespace, parser: Parser) -> None:
         parser.error(f"argument --eval_eps: three radii are needed, for {' '.join(NORMS)}; got {len(args.eval_eps)}")
 
 
-def load(args: Namespace, parser: Parser) -> tuple[Dataset, nn.Module, Spec, torch.device]:
-    """The objects that the flags name, checked against each other before anything is written."""
-    with parser.blame("--device"):
-        device = choose_device(args.device)
-    with parser.blame("--amp"):
-        check_format(device, args.amp)
-    set_up(args.threads, tf32=True)
+def load(
+    args: Namespace, parser: Parser, device: torch.device, state: dict[str, Any] | None
+) -> tuple[Dataset, nn.Module, Spec]:
+    """The objects that the flags name, checked against each other before anything is written. A state brings its network."""
     torch.manual_seed(args.seed)
-    if args.finetune_model:
+    spec: Spec = {}
+    about: dict[str, Any] = state or {}
+    if state:
+        spec = dict(state["spec"])
+        with parser.blame("--resume"):
+            model = rebuild(spec, args.model_name)
+    elif args.finetune_model:
         with parser.blame("--model_name"):
             loaded = load_model(args.model_name, args.model_dir, args.dataset, args.act)
-        model, spec = loaded.model, loaded.spec
+        model, spec, about = loaded.model, loaded.spec, loaded.about
+    if args.finetune_model:
         args.act, args.width = spec.get("act"), spec.get("width")
+    size = args.image_size or about.get("image_size")
     with parser.blame("--data_dir"):
-        data = load_dataset(args.dataset, args.data_dir)
+        data = load_dataset(args.dataset, args.data_dir, size or 224, published_preparation(spec, size))
+    of_files = isinstance(data.train, FolderSplit)
+    if args.image_size and not of_files:
+        parser.error(f"argument --image_size: the images of {args.dataset} have one size, leave this flag out")
+    args.image_size = data.shape[1] if of_files else None
     for flag, asked, there in (
         ("--n_ex_train", args.n_ex_train, len(data.train)),
         ("--n_ex_eval", args.n_ex_eval if args.eval_freq else 1, min(len(data.train), len(data.test))),
@@ -228,10 +357,12 @@ def load(args: Namespace, parser: Parser) -> tuple[Dataset, nn.Module, Spec, tor
         if asked and asked > there:
             parser.error(f"argument {flag}: {args.dataset} has {there} such points, {asked} were asked for")
     args.n_ex_train, args.n_ex_final = args.n_ex_train or len(data.train), args.n_ex_final or min(1000, len(data.test))
-    if not args.finetune_model:
+    if not spec:
         sizes = {"num_classes": data.num_classes, "in_channels": data.shape[0], "width": args.width, "act": args.act}
         spec = {"arch": "preact-resnet18", **sizes}
         model = build_model(**spec)
+    if args.finetune_model and args.dataset == "imagenet":
+        args.lr_max = args.lr_max or (1e-4 if "xcit" in args.model_name.lower() else 0.005)
     args.lr_max = args.lr_max or (0.05 if spec["arch"] == "preact-resnet18" else 0.01)
     model = model.to(device)
     with parser.blame("--model_name"), eval_mode(model):
@@ -239,144 +370,372 @@ def load(args: Namespace, parser: Parser) -> tuple[Dataset, nn.Module, Spec, tor
     if 1 in (args.batch_size, args.n_ex_train):
         with parser.blame("--batch_size" if args.batch_size == 1 else "--n_ex_train"):
             check_one_point(model, data.shape)
-    return data, model, spec, device
+    return data, model, spec
 
 
-def announce(args: Namespace, folder: Path, threats: Sequence[Threat], device: torch.device) -> None:
-    """Say and save what is going to happen."""
-    write_json(folder / "config.json", vars(args))
-    write_json(folder / "env.json", environment(device))
+def check_parts(args: Namespace, parser: Parser, number: int) -> None:
+    """Usage errors if a batch can't be shared out: each piece of each process needs two points (BatchNorm may fail on one)."""
+    if number > 1 and args.n_ex_train < 2 * number:
+        parser.error(f"argument --n_ex_train: {number} processes need two points each, got {args.n_ex_train}")
+    if (number > 1 or args.accumulate > 1) and args.batch_size < 2 * number * args.accumulate:
+        parser.error(
+            f"argument --batch_size: {number} processes with --accumulate={args.accumulate} need two points for each piece, "
+            f"{2 * number * args.accumulate} in all; got {args.batch_size}"
+        )
+
+
+class Run:
+    """One run's objects. What an update changes is the network and `parts`, which the keeper saves; the next one is (epoch, step)."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        data: Dataset,
+        model: nn.Module,
+        spec: Spec,
+        device: torch.device,
+        share: tuple[int, int],
+        signals: Signals,
+        folder: Path,
+    ) -> None:
+        self.args, self.data, self.device, self.signals, self.folder = args, data, device, signals, folder
+        self.share, self.first = share, share[0] == 0
+        self.model = share_statistics(model, device) if args.sync_bn else model
+        self.threats = threats_for(args.dataset, args.l_norms, args.l_eps) if args.attack else []
+        self.attacks = [partial(apgd, threat=t, n_iter=n) for t, n in zip(self.threats, args.l_iters, strict=False)]
+        self.train = on_device(data.train.first(args.n_ex_train), device)
+        self.steps = number_of_batches(len(self.train), args.batch_size, share[1])
+        self.lr_at = lr_schedule(args.lr_schedule, args.lr_max)
+        if args.finetune_model:
+            groups: list[dict[str, Any]] = [
+                {"params": list(self.model.parameters()), "weight_decay": args.weight_decay}
+            ]
+        else:
+            groups = parameter_groups(self.model, args.lr_max, args.weight_decay, args.lr_no_decay)
+        self.optimizer = torch.optim.SGD(groups, lr=args.lr_max, momentum=0.9, fused=device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.eat, self.watch = EAT(self.threats), Watch()
+        self.meter = Meter([threat.norm for threat in self.threats], device)
+        self.averaged = averaged(self.model, args.ema) if args.ema else None
+        compiled: nn.Module = torch.compile(self.model) if args.compile else self.model  # type: ignore[assignment]
+        self.attacked = in_format(compiled, device, args.amp)  # as the attack sees it, each process on its own
+        self.parallel = data_parallel(compiled, device)
+        self.updated = in_format(self.parallel, device, args.amp)
+        self.about = {"spec": spec, "dataset": args.dataset, "threats": {t.norm: t.eps for t in self.threats}}
+        self.about |= {"image_size": args.image_size} if args.image_size else {}
+        parts: dict[str, Stateful] = {
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "eat": self.eat,
+            "meter": self.meter,
+        }
+        parts |= {"averaged": self.averaged} if self.averaged else {}
+        self.keeper = Keeper(folder, self.model, self.about, parts, 60 * args.save_every, writes=self.first)
+        self.epoch = self.step = 0
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.keeper.restore(state)
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def save(self) -> None:
+        """Save the state, once all updates are known to be sound."""
+        self.watch.look()
+        self.keeper.save(self.epoch, self.step)
+
+    def next_epoch(self) -> None:
+        """Count an epoch that is over."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self.meter.reset()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """The rest of the epoch: x and y of this process' part of each batch, and the number of points of the whole batch."""
+        args = self.args
+        found = batches(
+            self.train, args.batch_size, args.seed, self.epoch, self.device, self.step, self.share, args.workers
+        )
+        bar = tqdm(
+            found,
+            total=self.steps,
+            initial=self.step,
+            desc=f"epoch {self.epoch + 1}/{args.epochs}",
+            leave=False,
+            disable=not self.first,
+        )
+        for x, y in bar:
+            yield x, y, min(args.batch_size, len(self.train) - self.step * args.batch_size)
+
+    def check(self) -> None:
+        """Between two updates: raises Interrupted or NotFinite, saves the state when that is due. Knows all updates but the last."""
+        self.watch.look(all_but=1)
+        if self.share[1] == 1:
+            self.signals.check()
+        elif self.watch.stop:  # all processes know it of the same update
+            raise Interrupted(self.signals.received or signal.SIGTERM)
+        if self.keeper.due():
+            self.save()
+
+    def observe(self, drawn: int, sums: Tensor, points: int) -> None:
+        """Count an update that met threat `drawn` with so many points: sums (2,) of losses and right answers in this process."""
+        asked = torch.full((1,), float(self.signals.received is not None), device=self.device)
+        sums, asked = summed(torch.cat([sums, asked])).split([2, 1])
+        what = f"batch {self.step + 1} of epoch {self.epoch + 1}"
+        self.watch.observe(f"{what} ({self.threats[drawn]})" if self.threats else what, sums[0], asked[0])
+        self.meter.observe(drawn, sums, points)
+        if self.threats:
+            self.eat.observe(drawn, sums[1], points)
+        self.step += 1
+
+
+def train_epoch(run: Run) -> None:
+    """The rest of an epoch's updates."""
+    args, model = run.args, run.model
+    model.train()
+    for x, y, points in run.batches():
+        run.check()
+        set_lr(run.optimizer, run.lr_at((run.epoch * run.steps + run.step) / (args.epochs * run.steps)))
+        drawn = run.eat.draw(generator(args.seed, run.epoch, run.step)) if run.threats else 0
+        pieces = min(args.accumulate, max(points // (2 * run.share[1]), 1))
+        if run.threats:
+            # A signal may end the attack at once where no other process waits for this one's part of the update.
+            with eval_mode(model), frozen(model), run.signals.at_once() if run.share[1] == 1 else nullcontext():
+                parts = zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True)
+                x = torch.cat([run.attacks[drawn](run.attacked, *part).x_best for part in parts])
+        weight = run.share[1] / points  # gradients are the mean over the processes, of losses summed over their points
+        hold = partial(only_in_last, run.parallel)
+        sums = update(run.updated, run.optimizer, run.scaler, x, y, weight, pieces, args.grad_clip, hold)
+        if not args.sync_bn:
+            average_buffers(model)
+        if run.averaged:
+            run.averaged.update_parameters(model)
+        run.observe(drawn, sums, points)
+
+
+def update(
+    network: Model,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    x: Tensor,
+    y: Tensor,
+    weight: float | None = None,
+    pieces: int = 1,
+    grad_clip: float | None = None,
+    hold: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
+) -> Tensor:
+    """One step of SGD on x (B, C, H, W), y (B,), in so many passes: (2,) the losses' sum and how many were right, before it.
+
+    weight: of a point's loss (1 / B). hold(last): the context of a pass. Nothing waits for the device.
+    """
+    optimizer.zero_grad()
+    sums = []
+    for piece, (part, labels) in enumerate(zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True)):
+        with hold(piece + 1 == pieces):
+            logits = network(part).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            scaler.scale(loss * (1 / len(y) if weight is None else weight)).backward()
+        sums.append(torch.stack([loss.detach(), (logits.argmax(1) == labels).sum().to(loss.dtype)]))
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.stack(sums).sum(0)
+
+
+def close_epoch(run: Run, board: Any) -> None:
+    """What comes after an epoch's last update: figures, a line of metrics, a checkpoint, the state."""
+    args, done = run.args, run.epoch + 1
+    last = done == args.epochs
+    run.watch.look()
+    record = run.meter.record(done, run.optimizer.param_groups[0]["lr"], run.eat.errors())
+    if args.eval_freq and (done % args.eval_freq == 0 or last):
+        run.save()
+        for name, model in networks(run).items():
+            record[f"eval{name}"] = quick_figures(run, model)
+    if run.first:
+        append_json_line(run.folder / "metrics.jsonl", record)
+        print(console_line(record, args.epochs), flush=True)
+        if board:
+            for name, value in flat(record).items():
+                board.add_scalar(name, value, done)
+            board.flush()
+        if last or done % args.save_freq == 0:
+            for name, model in networks(run).items():
+                content = run.about | {"state_dict": model.state_dict(), "epoch": done}
+                content |= {"optimizer": run.optimizer.state_dict()} if args.save_optim and not name else {}
+                check_finite(model)
+                save_whole(content, run.folder / f"ep_{done}{name}.pth")
+    run.next_epoch()
+    run.save()
+
+
+def networks(run: Run) -> dict[str, nn.Module]:
+    """The trained network and, with --ema, the averaged one, by what is put behind the names of their files."""
+    return {"": run.model} | ({"_ema": run.averaged.module} if run.averaged else {})
+
+
+def announce(run: Run) -> None:
+    """Say what is going to happen."""
+    args, number = run.args, run.share[1]
     print("\n".join(f"  {name:<16} {value}" for name, value in vars(args).items()))
     if not args.attack:
         print(
             "\n!!! STANDARD TRAINING: without --attack no adversarial points are made, and the network will not be robust."
         )
         print("!!! For adversarial training give --attack=apgd --l_norms='Linf L1'.\n")
-    elif len(threats) > 1:
-        print(f"E-AT: for each batch one of {', '.join(map(str, threats))}, drawn by its running error")
+    elif len(run.threats) > 1:
+        print(f"E-AT: for each batch one of {', '.join(map(str, run.threats))}, drawn by its running error")
     else:
-        print(f"adversarial training for {threats[0]}")
+        print(f"adversarial training for {run.threats[0]}")
     if args.eval_eps != list(RADII[args.dataset].values()):
         print(f"evaluation radii, in the order {' '.join(NORMS)}: {args.eval_eps} (--eval_eps sets them apart)")
-    print(f"on {device}; run folder {folder}", flush=True)
+    together = f"{number} processes, the first " if number > 1 else ""
+    if run.epoch or run.step:
+        print(f"going on after batch {run.step} of {run.steps} of epoch {run.epoch + 1}")
+    print(f"{together}on {run.device}; run folder {run.folder}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train as the flags say; the run's folder."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = with_saved_command(parser, argv)
+    asked = Namespace(**vars(args))
     resolve(args, parser)
-    data, model, spec, device = load(args, parser)
-    threats = threats_for(args.dataset, args.l_norms, args.l_eps) if args.attack else []
-    attacks = [partial(apgd, threat=threat, n_iter=n) for threat, n in zip(threats, args.l_iters, strict=False)]
-    eat = EAT(threats)
-    train = on_device(data.train.first(args.n_ex_train), device)
-    steps = number_of_batches(len(train), args.batch_size)
-    lr_at = lr_schedule(args.lr_schedule, args.lr_max)
-    if args.finetune_model:
-        groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
-    else:
-        groups = parameter_groups(model, args.lr_max, args.weight_decay, args.lr_no_decay)
-    optimizer = torch.optim.SGD(groups, lr=args.lr_max, momentum=0.9, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    network = in_format(torch.compile(model) if args.compile else model, device, args.amp)
-    start = f"from-{Path(args.model_name).name.removesuffix('.pth')}" if args.finetune_model else "from-scratch"
-    norms = "-".join(args.l_norms) if args.attack else "no-attack"
-    with parser.blame("--save_dir"):
-        folder = new_folder(
-            args.save_dir, [args.dataset, start, args.attack or "", norms, f"seed{args.seed}", args.notes_run]
-        )
-    announce(args, folder, threats, device)
-
-    for epoch in range(args.epochs):
-        meter = Meter([threat.norm for threat in threats], device)
-        model.train()
-        bar = tqdm(
-            batches(train, args.batch_size, args.seed, epoch, device),
-            total=steps,
-            desc=f"epoch {epoch + 1}/{args.epochs}",
-            leave=False,
-        )
-        for step, (x, y) in enumerate(bar):
-            set_lr(optimizer, lr_at((epoch * steps + step) / (args.epochs * steps)))
-            drawn = eat.draw(generator(args.seed, epoch, step)) if threats else 0
-            if threats:
-                with eval_mode(model), frozen(model):
-                    x = attacks[drawn](network, x, y).x_best
-            loss, right = update(network, optimizer, scaler, x, y)
-            meter.observe(drawn, loss, right)
-            if threats:
-                eat.observe(drawn, right)
-        record = meter.record(epoch + 1, optimizer.param_groups[0]["lr"], eat.errors())
-        if not math.isfinite(record["loss"]):
-            sys.exit(
-                f"train.py: epoch {epoch + 1} diverged, its loss is {record['loss']}: try a lower --lr-max. So far: {folder}"
-            )
-        last = epoch + 1 == args.epochs
-        if args.eval_freq and ((epoch + 1) % args.eval_freq == 0 or last):
-            record["eval"] = quick_figures(model, data, args, device)
-        append_json_line(folder / "metrics.jsonl", record)
-        print(console_line(record, args.epochs), flush=True)
-        if last or (epoch + 1) % args.save_freq == 0:
-            content = {"spec": spec, "state_dict": model.state_dict(), "epoch": epoch + 1, "dataset": args.dataset}
-            content["threats"] = {threat.norm: threat.eps for threat in threats}
-            save_whole(
-                content | ({"optimizer": optimizer.state_dict()} if args.save_optim else {}),
-                folder / f"ep_{epoch + 1}.pth",
-            )
-    if args.final_eval:
-        final_figures(model, data.test.first(args.n_ex_final), args, device, folder)
-    print(f"saved {folder / f'ep_{args.epochs}.pth'}")
+    with parser.blame("--device"):
+        device = local_device(choose_device(args.device))
+    with parser.blame("--amp"):
+        check_format(device, args.amp)
+    set_up(args.threads, tf32=True)
+    with ExitStack() as held:
+        share = held.enter_context(processes(device))
+        signals = held.enter_context(Signals())
+        with parser.blame("--resume"):
+            before = from_first(lambda: run_before(parser, asked, FREE, held))
+        if before and not before.state and (before.folder / f"ep_{args.epochs}.pth").exists():
+            print(f"{before.folder} is complete")
+            return before.folder
+        state = load_tensors(before.state) if before and before.state else None
+        data, model, spec = load(args, parser, device, state)
+        check_parts(args, parser, share[1])
+        env = environment(device, argv) | {"processes": share[1]}
+        with parser.blame("--resume" if before else "--save_dir"):
+            folder = from_first(lambda: open_folder(args, before, state["epoch"] if state else 0, env, held))
+        run = Run(args, data, model, spec, device, share, signals, folder)
+        if state:
+            run.restore(state)
+        if run.first:
+            announce(run)
+        train(run)
     return folder
 
 
-def update(
-    network: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One step of SGD on x (B, C, H, W), y (B,): the mean loss and which were right (B,), before it. Nothing waits for the device."""
-    logits = network(x).float()
-    loss = F.cross_entropy(logits, y)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.detach(), logits.argmax(1) == y
+def open_folder(args: Namespace, before: Before | None, epochs: int, env: dict[str, Any], held: ExitStack) -> Path:
+    """A new folder with what was asked, or that of the run before, cut back to so many epochs. Raises ValueError or OSError."""
+    if before:
+        check_same(before.folder, vars(args), FREE)
+        cut_metrics(before.folder / "metrics.jsonl", epochs)
+        if other := note_resumed(before.folder, env):
+            print(f"the run was started with another {', '.join(other)}: weights may differ from an undisturbed run's")
+        return before.folder
+    start = f"from-{Path(args.model_name).name.removesuffix('.pth')}" if args.finetune_model else "from-scratch"
+    norms = "-".join(args.l_norms) if args.attack else "no-attack"
+    parts = [args.dataset, start, args.attack or "", norms, f"seed{args.seed}", args.notes_run]
+    folder = new_folder(args.save_dir, parts)
+    held.enter_context(claim(folder, seconds=0))
+    write_json(folder / "env.json", env)
+    write_json(folder / "config.json", vars(args))
+    return folder
 
 
-def quick_figures(model: nn.Module, data: Dataset, args: Namespace, device: torch.device) -> dict[str, Any]:
+def train(run: Run) -> None:
+    """All that is left of the run; exits with 143 or 130 after SIGTERM or SIGINT, with 1 and a line that says why if it can't go on."""
+    args = run.args
+    how = f"go on with: {'torchrun ... ' if run.share[1] > 1 else 'python '}train.py --resume={run.folder}"
+    try:
+        if run.epoch == run.step == 0:
+            run.save()  # there is a state from the start
+        try:
+            train_to_the_end(run)
+        except Interrupted:
+            run.save()
+            wait_for_all()
+            raise
+    except Interrupted as end:
+        if run.first:
+            print(f"{end}: the state after batch {run.step} of epoch {run.epoch + 1} is saved; {how}", flush=True)
+        sys.exit(end.code)
+    except NotFinite as error:
+        sys.exit(f"train.py: {error}; {last_state(run)}. Try a lower --lr-max, or --grad_clip")
+    except OSError as error:
+        sys.exit(f"train.py: {error}; {last_state(run)}; with room on the disk {how}")
+    except RuntimeError:
+        if run.share[1] > 1:  # most often: another process ended
+            print(f"train.py: {last_state(run)}; {how}", file=sys.stderr)
+        raise
+    if run.first:
+        print(f"saved {run.folder / f'ep_{args.epochs}.pth'}")
+
+
+def train_to_the_end(run: Run) -> None:
+    """The epochs that are left and the final evaluation; then no state is needed."""
+    board = tensorboard(run) if run.args.tensorboard and run.first else None
+    while run.epoch < run.args.epochs:
+        train_epoch(run)
+        close_epoch(run, board)
+    if run.args.final_eval:
+        for name, model in networks(run).items():
+            final_figures(run, model, name)
+    run.keeper.forget()
+
+
+def last_state(run: Run) -> str:
+    """Where the last good state is, in words."""
+    states = state_files(run.folder)
+    return f"the last good state is {states[-1]}" if states else f"no state was saved in {run.folder}"
+
+
+def tensorboard(run: Run) -> Any:
+    """A writer into the run's folder; what it holds of the epochs to come is left out when it is shown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.epoch + 1)
+
+
+def quick_figures(run: Run, model: nn.Module) -> dict[str, Any]:
     """Accuracy on the first training and test points under APGD-CE with 100 steps (an upper bound)."""
-    splits = {"train": data.train, "test": data.test}
-    return {
-        name: summarise(attacked(model, split.first(args.n_ex_eval), args, device, Budget("fast")))
-        for name, split in splits.items()
-    }
+    figures = {}
+    for name, split in {"train": run.data.train, "test": run.data.test}.items():
+        # Several processes meet in a folder of their own, which is gone after.
+        folder = from_first(lambda: emptied(run.folder / "eval")) if run.share[1] > 1 else None
+        figures[name] = summarise(attacked(run, model, split.first(run.args.n_ex_eval), Budget("fast"), folder))
+        wait_for_all()
+        if folder and run.first:
+            shutil.rmtree(folder)
+    return figures
 
 
-def final_figures(model: nn.Module, points: Split, args: Namespace, device: torch.device, folder: Path) -> None:
-    """The standard evaluation, printed and saved in the run's folder."""
+def final_figures(run: Run, model: nn.Module, name: str) -> None:
+    """The standard evaluation, printed and saved in the run's folder; what an earlier process of the run has done of it is kept."""
     start = time.time()
-    content = as_json(attacked(model, points, args, device, Budget(), folder))
-    about = {"seconds": round(time.time() - start, 1), "settings": vars(args), "environment": environment(device)}
-    write_json(folder / "eval.json", content | about)
-    print(table(content["accuracy"]), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
+    folder = run.folder / name.removeprefix("_")
+    from_first(lambda: folder.mkdir(exist_ok=True))
+    result = attacked(run, model, run.data.test.first(run.args.n_ex_final), Budget(), folder)
+    if run.first:
+        about = {"seconds": round(time.time() - start, 1), "settings": vars(run.args)}
+        content = as_json(result) | about | {"environment": environment(run.device)}
+        write_json(run.folder / f"eval{name}.json", content)
+        title = f"averaged, {run.args.ema}" if name else ""
+        print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
 
 
-def attacked(
-    model: nn.Module, points: Split, args: Namespace, device: torch.device, budget: Budget, folder: Path | None = None
-) -> Evaluation:
-    """An evaluation in the three norms with the radii of --eval_eps."""
+def attacked(run: Run, model: nn.Module, split: Split | FolderSplit, budget: Budget, folder: Path | None) -> Evaluation:
+    """An evaluation in the three norms with the radii of --eval_eps, its points shared out over the processes."""
+    args, read = run.args, split.in_memory()
+    points = Points(read.images, read.labels, read.levels)
     threats = threats_for(args.dataset, NORMS, args.eval_eps)
-    with full_precision(), eval_mode(model), frozen(model):
-        return evaluate(
-            model,
-            Points(points.images, points.labels, points.levels),
-            threats,
-            device,
-            budget,
-            args.batch_size_eval,
-            args.seed,
-            folder,
-        )
+    with full_precision(), eval_mode(model), frozen(model), run.signals.at_once():
+        return evaluate(model, points, threats, run.device, budget, args.batch_size_eval, args.seed, folder, run.share)
 
 
 if __name__ == "__main__":

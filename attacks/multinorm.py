@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,14 +46,24 @@ class EAT:
         self._count(all_but=1)
         return int(torch.multinomial(torch.tensor(self.probabilities()), 1, generator=generator))
 
-    def observe(self, index: int, right: Tensor) -> None:
-        """An update's outcome under threat `index`: right (B,) bool, its examples classified right under attack."""
-        self._coming.append((index, OnItsWay(right.sum()), len(right)))
+    def observe(self, index: int, right: Tensor, seen: int) -> None:
+        """An update's outcome under threat `index`: how many examples were classified right under attack, (), of how many."""
+        self._coming.append((index, OnItsWay(right), seen))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and the updates not counted yet as (threat, right, seen). Waits for the device."""
+        coming = [(index, right.numbers(), seen) for index, right, seen in self._coming]
+        return {"right": list(self.right), "seen": list(self.seen), "coming": coming}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: the next draw knows what it would have known."""
+        self.right, self.seen = list(state["right"]), list(state["seen"])
+        self._coming = deque((index, OnItsWay(torch.tensor(right)), seen) for index, right, seen in state["coming"])
 
     def _count(self, all_but: int = 0) -> None:
         while len(self._coming) > all_but:
             index, right, seen = self._coming.popleft()
-            self.right[index] += int(right.item())
+            self.right[index] += int(right.numbers())
             self.seen[index] += seen
 
     def _errors(self) -> list[float]:

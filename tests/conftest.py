@@ -1,6 +1,11 @@
-"""A network for the tests of the evaluation."""
+"""A network for the tests of the evaluation, and processes that run train.py."""
 
 import copy
+import multiprocessing
+import runpy
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +54,41 @@ def trained() -> nn.Module:
 def network(trained: nn.Module) -> nn.Module:
     """The same in float64."""
     return InFloat64(copy.deepcopy(trained)).eval()
+
+
+# Processes are forked from one that has imported PyTorch already.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "sklearn.datasets"])
+BEGIN = """
+import os, sys, train
+os.environ.update(environment)
+os.chdir(place)
+for stream, path in ((sys.stdout, out), (sys.stderr, out + ".err")):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+train.main(flags)
+"""
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ForkServerProcess]]:
+    """launch(*flags, out=, environment=): a real run of train.py in this folder, quick to start; out and out.err get what it says."""
+    folder, started = tmp_path_factory.mktemp("launch"), []
+    script = folder / "begin.py"
+    script.write_text(BEGIN)
+
+    def start(*flags: str, out: str = "", environment: dict[str, str] | None = None) -> ForkServerProcess:
+        names = {
+            "flags": flags,
+            "out": out or str(folder / "out"),
+            "place": str(Path.cwd()),
+            "environment": environment or {},
+        }
+        process = SERVER.Process(target=runpy.run_path, args=(str(script), names))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()

@@ -31,6 +31,7 @@ def test_eat_run_folder_metrics_and_checkpoints(capsys: pytest.CaptureFixture[st
     folder = train.main([*TINY, *EAT, "--epochs=3", "--save_freq=2", "--notes_run=my note/7"])
     assert folder.name == "digits_from-scratch_apgd_Linf-L1_seed0_my-note-7"
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "config.json",
         "env.json",
         "ep_2.pth",
@@ -125,10 +126,36 @@ def test_a_norm_that_is_never_drawn_in_an_epoch_has_null_figures() -> None:
     assert all(math.isfinite(row["loss"]) for row in rows if row["loss"] is not None)
 
 
-def test_a_run_that_diverges_says_so_and_stops() -> None:
-    with pytest.raises(SystemExit, match=r"epoch 1 diverged.*--lr-max"):
-        train.main([*TINY, "--epochs=2", "--lr-max=1e30"])
-    assert sorted(path.name for path in Path("runs").glob("*/*")) == ["config.json", "env.json"]
+def test_a_run_that_diverges_says_where_and_keeps_its_last_good_state() -> None:
+    with pytest.raises(
+        SystemExit,
+        match=r"loss of batch 2 of epoch 1 \(L2 0.4\) is nan.*good state is.*state_0000_000000.*--lr-max.*--grad_clip",
+    ):
+        train.main([*TINY, "--attack=apgd", "--l_norms=L2", "--at_iter=1", "--epochs=2", "--lr-max=1e30"])
+    [state] = Path("runs").glob("*/state_*.pth")
+    content = torch.load(state, weights_only=True)
+    assert all(bool(tensor.isfinite().all()) for tensor in content["state_dict"].values())
+    folder = train.main(
+        [
+            *TINY,
+            "--attack=apgd",
+            "--l_norms=L2",
+            "--at_iter=1",
+            "--epochs=1",
+            "--lr-max=1e30",
+            "--grad_clip=1e-31",
+            "--weight_decay=0",
+        ]
+    )
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(folder, 1).values())
+
+
+def test_weights_that_are_not_finite_are_never_saved() -> None:
+    """The last loss before a save is finite, the step after it is not."""
+    flags = ["--dataset=digits", "--width=4", "--n_ex_train=64", "--batch_size=64", "--epochs=1"]
+    with pytest.raises(SystemExit, match=r"weights are not finite.*good state is.*state_0000_000000"):
+        train.main([*flags, "--lr-max=3e38", "--weight_decay=1e30"])
+    assert not list(Path("runs").glob("*/ep_*"))
 
 
 @pytest.mark.parametrize("script", [train, eval_script])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import warnings
@@ -14,17 +15,51 @@ import torch
 from torch import Tensor, nn
 
 
-def save_whole(content: Any, path: Path) -> None:
-    """torch.save to `path` by way of a file beside it, so that a reader finds the old file or the new one, never a part."""
+def write_whole(data: bytes | memoryview, path: Path) -> None:
+    """Write `path` by way of a file beside it: a reader finds the old file or the new one, never a part, after a power cut too.
+
+    Raises OSError, such as on a full disk; then the old file is as it was and nothing is left behind.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            torch.save(content, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name has to reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """torch.save by way of `write_whole`. Raises OSError."""
+    write_whole(_saved(content), path)
+
+
+def save_signed(content: Any, stem: Path) -> Path:
+    """The same to STEM-DIGEST.pth, whose name ends with the first 16 letters of its SHA-256; `is_whole` compares them."""
+    data = _saved(content)
+    path = stem.with_name(f"{stem.name}-{hashlib.sha256(data).hexdigest()[:16]}.pth")
+    write_whole(data, path)
+    return path
+
+
+def is_whole(path: Path) -> bool:
+    """Is a file of `save_signed` as it was written?"""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16] == path.stem.rpartition("-")[2]
+
+
+def _saved(content: Any) -> memoryview:
+    memory = io.BytesIO()  # to a full disk torch.save itself fails in words of its own, and from a destructor
+    torch.save(content, memory)
+    return memory.getbuffer()
 
 
 def load_tensors(path: Path) -> Any:

@@ -64,6 +64,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def share_of_one(text: str) -> float:
+    """A number between 0 and 1, neither included."""
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"give a number between 0 and 1, not {text!r}")
+    return value
+
+
 def natural_float(text: str) -> float:
     """A finite number of at least 0."""
     value = _number(text)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -57,3 +60,89 @@ def wait_for_all() -> None:
     """Go on when every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of `value` over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model to call in updates: its gradients are the mean over the processes. Buffers are left to `average_buffers`."""
+    if not dist.is_initialized():
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def only_in_last(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Inside, a `data_parallel` model's gradients stay with their process unless this is the last of the passes that add up."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Set each floating buffer (BatchNorm's statistics) to its mean over the processes, so that all have the same network."""
+    if not dist.is_initialized():
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if buffers:
+        flat = summed(torch.cat([buffer.flatten() for buffer in buffers])) / dist.get_world_size()
+        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
+def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with each BatchNorm's statistics taken over all processes' points; names of its state stay as they are."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if isinstance(model, _BatchNorm):
+        shared = SharedBatchNorm(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
+        like = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+        shared = shared.to(like.device, like.dtype)
+        shared.load_state_dict(model.state_dict())
+        return shared.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, share_statistics(child, device))
+    return model
+
+
+class SharedBatchNorm(_BatchNorm):
+    """BatchNorm over the points of all processes where torch's SyncBatchNorm, which is for CUDA, does not run."""
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """(B, C, ...) -> the same shape."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        across, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+        count = summed(torch.tensor(x.numel() // x.shape[1], device=x.device, dtype=x.dtype))
+        mean = _Summed.apply(x.sum(across)) / count
+        apart = x - mean.view(shape)
+        variance = _Summed.apply(apart.square().sum(across)) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+                self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), share)
+        out = apart * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over the processes, and of its gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return summed(value.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return summed(grad.clone())

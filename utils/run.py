@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "gdown", "scikit-learn", "tqdm")
+from utils.checkpoint import write_whole
+
+PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "gdown", "scikit-learn", "tqdm", "filelock")
 
 
 def new_folder(parent: str, parts: list[str]) -> Path:
@@ -64,10 +66,18 @@ def made_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Command, commit, versions, device and time: what it takes to run the same again."""
+def emptied(folder: Path) -> Path:
+    """The folder, new and empty. Raises OSError."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
+
+
+def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Command (argv: its flags, if not those of this process), commit, versions, device and time: what it takes to run the same again."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -83,9 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """JSON with a line for each value, lists of numbers on one line; whole or not at all."""
     text = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(content, indent=2))
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n")
-    part.replace(path)
+    write_whole(f"{text}\n".encode(), path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -103,6 +111,17 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """One more object, on one line."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested dictionaries, by their keys with / between."""
+    numbers: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            numbers |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            numbers[f"{prefix}{key}"] = value
+    return numbers
 
 
 def table(rows: dict[str, dict[str, float]], title: str = "") -> str:

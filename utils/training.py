@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from utils.state import NotFinite
 
 
 @contextmanager
@@ -64,6 +69,12 @@ def parameter_groups(
     ]
 
 
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving averages of weights and BatchNorm's statistics, of which an update keeps the share `decay`; first a copy."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return average.requires_grad_(False).eval()
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of every parameter group but those marked `constant_lr`."""
     for group in optimizer.param_groups:
@@ -88,7 +99,7 @@ def choose_device(name: str) -> torch.device:
 
 
 class OnItsWay:
-    """A number on its way from a CUDA device to the host, which goes on meanwhile (other devices are waited for)."""
+    """Numbers on their way from a CUDA device to the host, which goes on meanwhile (other devices are waited for)."""
 
     def __init__(self, value: torch.Tensor) -> None:
         cuda = value.is_cuda
@@ -98,11 +109,32 @@ class OnItsWay:
         if self.arrived:
             self.arrived.record(torch.cuda.current_stream(value.device))
 
-    def item(self) -> float:
-        """The number; waits until it is here."""
+    def numbers(self) -> Any:
+        """The number, or nested lists of numbers; waits until they are here."""
         if self.arrived:
             self.arrived.synchronize()
-        return self.copy.item()
+        return self.copy.tolist()
+
+
+class Watch:
+    """Looks at each update one later, so that no device has to finish it before the next is prepared: is its loss finite?"""
+
+    def __init__(self) -> None:
+        self.stop = False  # has a process been asked to end?
+        self._coming: deque[tuple[str, OnItsWay]] = deque()
+
+    def observe(self, what: str, loss: torch.Tensor, stop: torch.Tensor) -> None:
+        """An update, described by `what` in words: its loss (), and in how many processes the run was asked to end ()."""
+        self._coming.append((what, OnItsWay(torch.stack([loss, stop]))))
+
+    def look(self, all_but: int = 0) -> None:
+        """Look at the updates that were not looked at yet, but the last so many. Raises NotFinite."""
+        while len(self._coming) > all_but:
+            what, numbers = self._coming.popleft()
+            loss, stop = numbers.numbers()
+            self.stop |= stop > 0
+            if not math.isfinite(loss):
+                raise NotFinite(f"the loss of {what} is {loss}")
 
 
 class Meter:
@@ -113,14 +145,30 @@ class Meter:
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = list(names) or ["clean"]
-        self.sums = torch.zeros(len(self.names), 2, device=device)  # of loss, of right answers
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """A new epoch."""
+        self.sums = torch.zeros(len(self.names), 2, device=self.device)  # of loss, of right answers
         self.seen, self.batches = ([0] * len(self.names) for _ in range(2))
         self.start = time.time()
 
-    def observe(self, index: int, loss: torch.Tensor, right: torch.Tensor) -> None:
-        """Count an update: its mean loss, right (B,) bool."""
-        self.sums[index] += torch.stack([loss.detach() * len(right), right.sum()])
-        self.seen[index] += len(right)
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and seconds so far."""
+        parts = {"sums": self.sums.cpu(), "seen": list(self.seen), "batches": list(self.batches)}
+        return parts | {"seconds": time.time() - self.start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.sums = state["sums"].to(self.device)
+        self.seen, self.batches = list(state["seen"]), list(state["batches"])
+        self.start = time.time() - state["seconds"]
+
+    def observe(self, index: int, sums: torch.Tensor, seen: int) -> None:
+        """Count an update of so many points: sums (2,) of their losses and of right answers."""
+        self.sums[index] += sums
+        self.seen[index] += seen
         self.batches[index] += 1
 
     def record(self, epoch: int, lr: float, running_errors: Sequence[float]) -> dict[str, Any]:
@@ -154,8 +202,9 @@ def console_line(record: dict[str, Any], epochs: int) -> str:
         for name, row in record["norms"].items()
     )
     line = f"epoch {record['epoch']}/{epochs}  lr {record['lr']:.4g}  {norms}  {record['seconds']:.1f} s"
-    for split, rows in record.get("eval", {}).items():
-        line += f"  | {split}: " + " ".join(
-            f"{name} {rows[name]['accuracy']:.1f}" for name in rows if name != "average"
-        )
+    for kind in ("eval", "eval_ema"):
+        for split, rows in record.get(kind, {}).items():
+            line += f"  | {split}{kind.removeprefix('eval')}: " + " ".join(
+                f"{name} {rows[name]['accuracy']:.1f}" for name in rows if name != "average"
+            )
     return line

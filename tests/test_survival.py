@@ -1,0 +1,286 @@
+"""A run that is killed, stopped or cut off, by whatever means, goes on to the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+import utils.resume
+from utils.state import newest_state, state_files
+
+FLAGS = [
+    *(
+        "--dataset=digits",
+        "--width=8",
+        "--n_ex_train=110",
+        "--batch_size=16",
+        "--epochs=5",
+        "--device=cpu",
+        "--threads=1",
+    ),
+    *("--attack=apgd", "--l_norms=Linf L1", "--at_iter=3", "--ema=0.9", "--accumulate=2"),
+    *("--eval_freq=4", "--n_ex_eval=4", "--save_freq=2", "--save_every=0.00001"),
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+Launch = Callable[..., ForkServerProcess]
+
+
+def finish(launch: Launch, *flags: str) -> int | None:
+    process = launch(*FLAGS, *flags)
+    process.join()
+    return process.exitcode
+
+
+def refused(*flags: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        train.main(flags)
+    assert end.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
+    """The folder of an undisturbed run."""
+    place = tmp_path_factory.mktemp("whole")
+    assert finish(launch, f"--save_dir={place}") == 0
+    return the_run(place)
+
+
+def the_run(place: Path) -> Path:
+    [folder] = place.iterdir()
+    return folder
+
+
+def outcome(folder: Path) -> list[Any]:
+    """All that a run leaves, but for times: metrics, and the bytes of all weights."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"], record["images_per_second"]
+    files = sorted(folder.glob("*.pth"))
+    found = []
+    for file in files:
+        state = torch.load(file, weights_only=True)["state_dict"]
+        found.append((file.name, [(name, value.numpy().tobytes()) for name, value in state.items()]))
+    return [records, found]
+
+
+def test_killed_at_twenty_moments_it_ends_with_the_same_weights(whole: Path, launch: Launch) -> None:
+    """At ten random ones, and at ten at which a file is being written."""
+    draws, killed, torn = random.Random(0), 0, 0
+    for number in range(20):
+        process = launch(*FLAGS, "--save_dir=cut", "--resume")
+        if number % 2:
+            deadline = time.monotonic() + 60
+            while process.is_alive() and time.monotonic() < deadline and not list(Path("cut").glob("*/state_*.part")):
+                pass
+        else:
+            seen = len(states("cut"))
+            while (
+                process.is_alive()
+                and states("cut")[seen:] == []
+                and states("cut")[-1:] == states("cut")[seen - 1 : seen]
+            ):
+                time.sleep(0.001)
+            time.sleep(draws.uniform(0, 0.25))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        torn += bool(list(Path("cut").glob("*/state_*.part")))
+    assert killed == 20
+    assert torn >= 3
+    assert finish(launch, "--save_dir=cut", "--resume") == 0
+    assert outcome(the_run(Path("cut"))) == outcome(whole)
+    assert not list(Path("cut").glob("*/state_*")), "a complete run needs no state"
+
+
+def states(place: str) -> list[str]:
+    return sorted(path.name for path in Path(place).glob("*/state_*.pth"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_state_and_says_how_to_go_on(whole: Path, launch: Launch, number: int, code: int) -> None:
+    process = launch(*FLAGS, "--save_dir=cut", "--save_every=1000", out="out")
+    wait_for("cut", "metrics.jsonl")
+    time.sleep(0.1)
+    for _ in range(2):
+        os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == code
+    said = Path("out").read_text()
+    folder = the_run(Path("cut"))
+    assert f"{signal.Signals(number).name}: the state after batch" in said
+    assert f"go on with: python train.py --resume={folder}" in said
+    train.main([f"--resume={folder}"])  # its flags are known
+    assert outcome(folder) == outcome(whole)
+    assert len(json.loads((folder / "env.json").read_text())["resumed"]) == 1
+
+
+def wait_for(place: str | Path, pattern: str) -> None:
+    """Until the run in that folder has such a file."""
+    deadline = time.monotonic() + 60
+    while not list(Path(place).glob(f"*/{pattern}")):
+        assert time.monotonic() < deadline, pattern
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
+    """The folder of a run that was stopped in the middle, with two states."""
+    place = tmp_path_factory.mktemp("half")
+    process = launch(*FLAGS, f"--save_dir={place}")
+    wait_for(place, "ep_2.pth")
+    wait_for(place, "state_0002_000002-*.pth")
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143
+    assert len(state_files(the_run(place))) == 2
+    return the_run(place)
+
+
+@pytest.fixture
+def half(stopped: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(stopped, Path("half") / stopped.name)
+
+
+def test_a_damaged_state_is_noticed_and_the_one_before_is_used(
+    half: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = state_files(half)[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    train.main([f"--resume={half}"])
+    assert f"{newest} is damaged, it is not used" in capsys.readouterr().out
+    assert outcome(half) == outcome(whole)
+
+
+def test_with_no_state_whole_it_does_not_begin_anew(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in state_files(half):
+        path.write_bytes(path.read_bytes()[:-100])
+    before = sorted(half.iterdir())
+    refused(f"--resume={half}")
+    assert "no state" in capsys.readouterr().err
+    assert sorted(half.iterdir()) == before
+
+
+def test_any_damage_to_a_state_is_noticed(half: Path, tmp_path: Path) -> None:
+    """A bit changed, or the end cut off, anywhere."""
+    path = state_files(half)[-1]
+    data, folder = path.read_bytes(), tmp_path / "damaged"
+    folder.mkdir()
+    draws = random.Random(0)
+    for place in [*(draws.randrange(len(data)) for _ in range(100)), *range(100), *range(len(data) - 100, len(data))]:
+        changed = bytearray(data)
+        changed[place] ^= 1 << draws.randrange(8)
+        for content in (changed, data[:place]):
+            (folder / path.name).write_bytes(content)
+            with pytest.raises(ValueError, match="no state"):
+                newest_state(folder)
+    (folder / path.name).write_bytes(data)
+    assert newest_state(folder) == (folder / path.name, [])
+
+
+def test_a_full_disk_ends_the_run_with_its_last_state_whole(whole: Path, launch: Launch) -> None:
+    process = launch(*FLAGS, "--save_dir=full", out="out")
+    wait_for("full", "state_0000_000003-*.pth")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    process.join()
+    error = Path("out.err").read_text().splitlines()[-1]
+    assert process.exitcode == 1
+    folder = the_run(Path("full"))
+    path, damaged = newest_state(folder)
+    assert "File too large" in error
+    assert f"the last good state is {path}" in error
+    assert f"--resume={folder}" in error
+    assert not damaged
+    assert not list(folder.glob("*.part"))
+    train.main([f"--resume={folder}"])
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_live_run_is_left_alone(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(utils.resume, "WAIT", 0.1)
+    process = launch(*FLAGS, "--save_dir=live", "--epochs=1000")
+    try:
+        wait_for("live", "state_0000_000002-*.pth")
+        folder = the_run(Path("live"))
+        refused(f"--resume={folder}")
+        assert f"{folder} belongs to a process that still runs" in capsys.readouterr().err
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_two_runs_that_start_together_do_not_meet(whole: Path, launch: Launch) -> None:
+    processes = [launch(*FLAGS, "--save_dir=pair") for _ in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    folders = sorted(Path("pair").iterdir())
+    assert len(folders) == 2
+    assert all(outcome(folder) == outcome(whole) for folder in folders)
+
+
+def test_a_complete_run_is_left_as_it_is(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(whole, tmp_path / "runs" / whole.name)
+    before = outcome(copy)
+    train.main([f"--resume={copy}"])
+    train.main([*FLAGS, "--resume"])
+    assert capsys.readouterr().out.count("is complete") == 2
+    assert outcome(copy) == before
+
+
+@pytest.mark.parametrize("flag", ["--seed=1", "--batch_size=20", "--l_eps=0.1 1.5", "--epochs=6", "--ema=0.8"])
+def test_a_run_is_not_gone_on_with_in_another_way(half: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(f"--resume={half}", flag)
+    name = flag.partition("=")[0].removeprefix("--")
+    assert f"argument --resume: {half} was started with another {name}" in capsys.readouterr().err
+
+
+def test_resume_alone_takes_the_newest_run_of_this_command(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = train.main([*FLAGS, "--save_dir=half", "--resume", "--seed=1", "--epochs=1"])
+    assert "there is no run of this command in half yet" in capsys.readouterr().out
+    assert other != half
+    again = train.main([*FLAGS, "--save_dir=half", "--resume", "--eval_freq=0"])  # it may evaluate less often
+    assert (again, len(list(Path("half").iterdir()))) == (half, 2)
+
+
+def test_code_that_a_run_folder_names_is_not_run_unasked(
+    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("evil.py").write_text("import pathlib\npathlib.Path('was_here').touch()\n")
+    env = json.loads((half / "env.json").read_text())
+    env["command"] += ["--finetune_model", "--model_name=evil.py:make"]
+    (half / "env.json").write_text(json.dumps(env))
+    refused(f"--resume={half}")
+    assert "name that again" in capsys.readouterr().err
+    assert not Path("was_here").exists()
+
+
+def test_a_folder_that_is_none_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other").mkdir()
+    for name in ("other", "nowhere"):
+        refused(f"--resume={name}")
+        assert f"{name} is not the folder of a run of train.py" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""SIGTERM and SIGINT end a run where its state is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """The run was asked to end; `code` is what a shell expects of a program that this signal ended, 143 or 130."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class Signals:
+    """Inside, SIGTERM and SIGINT are noted; they raise Interrupted in `check`, in `at_once`, and nowhere else.
+
+    Both are sent twice as a rule (Slurm and torchrun pass on what the terminal has sent already): only the first counts.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at_once = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # no other may have handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has come."""
+        if self.received:
+            raise Interrupted(self.received)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted where it comes: for long work that changes nothing the state holds."""
+        self.check()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            return
+        self.received = number
+        if self._at_once:
+            self._at_once = False
+            raise Interrupted(number)
