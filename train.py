@@ -93,6 +93,7 @@ FREE = {
     "eval_freq",
     "n_ex_eval",
     "final_eval",
+    "n_ex_final",
     "batch_size_eval",
     "save_dir",
     "save_freq",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import eval as eval_script
+import train as train_script
 from data import FolderSplit, _fixed_order, batches, load_dataset, number_of_batches, on_device
 
 SIZE = 16
 CPU = torch.device("cpu")
+Launch = Callable[..., ForkServerProcess]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # with 2 workers on a machine of one core
 
 
@@ -302,6 +307,35 @@ def test_an_evaluation_of_all_clean_points_at_224_pixels(command: list[str]) -> 
     content = json.loads((results / "eval.json").read_text())
     assert content["accuracy"]["clean"]["points"] == 7
     assert content["settings"]["image_size"] == 224
+
+
+def test_fine_tuning_on_a_folder_is_killed_and_goes_on(command: list[str], folder: Path, launch: Launch) -> None:
+    """With ImageNet's published settings and two reading processes; eval.py knows the size of its images then."""
+    flags = ["--dataset=imagenet", *command[1:], f"--image_size={SIZE}", "--finetune_model", "--attack=apgd"]
+    flags += ["--batch_size=2", "--workers=2", "--save_every=0.00001", "--threads=1", "--eval_freq=1", "--n_ex_eval=3"]
+    processes = [launch(*flags, f"--save_dir={name}") for name in ("whole", "cut")]
+    deadline = time.monotonic() + 60
+    while not list(Path("cut").glob("*/state_0000_000004-*.pth")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    processes[1].kill()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    [cut], [whole] = Path("cut").iterdir(), Path("whole").iterdir()
+    assert not (cut / "metrics.jsonl").exists()
+    train_script.main([f"--resume={cut}", "--model_name=nets.py:make", "--workers=1"])
+    ours, theirs = (torch.load(path / "ep_1.pth", weights_only=True) for path in (cut, whole))
+    assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
+    [record], [other] = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (cut, whole)
+    )
+    assert (record["norms"], record["eval"]) == (other["norms"], other["eval"])
+    config = json.loads((cut / "config.json").read_text())
+    assert (config["epochs"], config["lr_max"], config["weight_decay"], config["l_iters"]) == (1, 0.005, 1e-4, [5, 15])
+    assert config["l_eps"] == [4 / 255, 255.0]
+    results = eval_script.main([f"--data_dir={folder}", f"--model_name=nets.py:make@{cut}/ep_1.pth", "--only_clean"])
+    assert json.loads((results / "eval.json").read_text())["settings"]["image_size"] == SIZE
 
 
 def test_a_checkpoint_tells_data_set_and_image_size(

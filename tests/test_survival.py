@@ -19,6 +19,7 @@ import torch
 
 import train
 import utils.resume
+from utils.run import flat
 from utils.state import newest_state, state_files
 
 FLAGS = [
@@ -32,7 +33,7 @@ FLAGS = [
         "--threads=1",
     ),
     *("--attack=apgd", "--l_norms=Linf L1", "--at_iter=3", "--ema=0.9", "--accumulate=2"),
-    *("--eval_freq=4", "--n_ex_eval=4", "--save_freq=2", "--save_every=0.00001"),
+    *("--eval_freq=4", "--n_ex_eval=4", "--eval_eps=0.3 1.2 6", "--save_freq=2", "--save_every=0.00001"),
 ]
 
 
@@ -241,6 +242,55 @@ def test_two_runs_that_start_together_do_not_meet(whole: Path, launch: Launch) -
     folders = sorted(Path("pair").iterdir())
     assert len(folders) == 2
     assert all(outcome(folder) == outcome(whole) for folder in folders)
+
+
+def test_a_final_evaluation_goes_on_where_it_was_killed(half: Path, launch: Launch) -> None:
+    """Asked for when the run goes on, which is allowed."""
+    flags = ["--final_eval", "--n_ex_final=20", "--batch_size_eval=8"]
+    other = shutil.copytree(half, Path("undisturbed") / half.name)
+    train.main([f"--resume={other}", *flags])
+    process = launch(f"--resume={half}", *flags)
+    deadline = time.monotonic() + 60
+    while sum(len(journal(folder)) for folder in (half, half / "ema")) < 10:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    done = journal(half)
+    assert not (half / "eval_ema.json").exists()
+    train.main([f"--resume={half}", *flags])
+    assert journal(half)[: len(done)] == done
+    assert sorted(journal(half)) == sorted(journal(other)), "nothing is attacked twice"
+    for name in ("eval.json", "eval_ema.json"):
+        ours, theirs = (json.loads((folder / name).read_text()) for folder in (half, other))
+        assert (ours["accuracy"], ours["norms"]) == (theirs["accuracy"], theirs["norms"])
+
+
+def journal(folder: Path) -> list[str]:
+    path = folder / "progress-0.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_tensorboards_curves_are_the_metrics(launch: Launch) -> None:
+    """Each epoch once, also those that two processes have written; averaged weights' figures beside."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    process = launch(*FLAGS, "--tensorboard", "--save_dir=board", "--save_every=1000", "--eval_freq=2")
+    wait_for("board", "state_0003_000000-*.pth")
+    process.kill()
+    process.join()
+    folder = the_run(Path("board"))
+    state_files(folder)[-1].unlink()  # so that an epoch is done twice
+    train.main([f"--resume={folder}"])
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("lr", "norms/L1/error", "eval/test/union/accuracy", "eval_ema/test/union/accuracy"):
+        expected = [(record["epoch"], flat(record).get(name)) for record in records]
+        expected = [(epoch, pytest.approx(value)) for epoch, value in expected if value is not None]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+        assert len(expected) >= 3
 
 
 def test_a_complete_run_is_left_as_it_is(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

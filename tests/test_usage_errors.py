@@ -78,6 +78,13 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--amp=fp16", "--device=cpu"], "--amp", "bf16"),
     ([*DIGITS, "--amp=half"], "--amp", "bf16"),
     ([*DIGITS, "--threads=0"], "--threads", "at least 1"),
+    ([*DIGITS, "--ema=1"], "--ema", "between 0 and 1"),
+    ([*DIGITS, "--grad_clip=0"], "--grad_clip", "above 0"),
+    ([*DIGITS, "--save_every=0"], "--save_every", "above 0"),
+    ([*DIGITS, "--accumulate=0"], "--accumulate", "at least 1"),
+    ([*DIGITS, "--image_size=32"], "--image_size", "leave"),
+    ([*DIGITS, "--resume=missing"], "--resume", "not the folder of a run"),
+    (["--dataset=imagenet", "--data_dir=broken"], "--data_dir", "train/CLASS"),
 ]
 EVAL_ERRORS = [
     ([], "--model_name", "name the network"),
