@@ -60,7 +60,7 @@ PANELS = {  # of training: label of the y axis, key in a record and in its norms
     "training error": ("error (%)", "error", 100),
     "learning rate": ("learning rate", "lr", 1),
     "running error": ("error so far (%)", "running_error", 100),
-    "draw frequency": ("share of batches (%)", "drawn", 100),
+    "draw frequency": ("share of points (%)", "drawn", 100),
 }
 KINDS = {  # lines of an accuracy panel: where a record has them, line style
     "test points": ("eval", "test", "-"),

@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks.apgd import Model, apgd
-from attacks.multinorm import EAT
+from attacks.apgd import Model
+from attacks.multinorm import ALL_NORMS, SCHEMES, Points, Scheme, make_scheme
 from attacks.results import Evaluation, as_json, summarise
 from attacks.standard import evaluate
 from attacks.threat import NORMS, RADII, threats_for
-from attacks.work import Budget, Points
+from attacks.work import Budget
+from attacks.work import Points as TestPoints
 from data import DATASETS, Dataset, FolderSplit, Split, batches, load_dataset, number_of_batches, on_device
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS
@@ -65,6 +65,7 @@ from utils.distributed import (
     summed,
     wait_for_all,
 )
+from utils.gradient_projection import GradientProjection
 from utils.resume import ANY_RUN, Before, check_same, claim, cut_metrics, note_resumed, run_before, with_saved_command
 from utils.run import append_json_line, emptied, environment, flat, new_folder, table, write_json
 from utils.schedules import lr_schedule
@@ -82,6 +83,7 @@ from utils.training import (
     generator,
     parameter_groups,
     set_lr,
+    tally,
 )
 
 # What may be another when a run goes on: the weights don't depend on it (on device and threads by rounding alone).
@@ -196,7 +198,21 @@ def make_parser() -> Parser:
         action="store_true",
         help="BatchNorm's statistics over the points of all processes, instead of each process' own (off)",
     )
-    add_flag(sgd, "--loss", choices=["ce"], default="ce", help="loss of the update: ce, cross-entropy (%(default)s)")
+    add_flag(
+        sgd,
+        "--loss",
+        choices=["ce", "trades"],
+        default="ce",
+        help="loss of the update: ce, cross-entropy; trades, clean cross-entropy and KL to the adversarial point's (%(default)s)",
+    )
+    add_flag(sgd, "--trades_beta", type=positive_float, help="weight of trades' KL (6)")
+    add_flag(
+        sgd,
+        "--init_epochs",
+        type=natural_int,
+        default=0,
+        help="so many of --epochs, the first, are standard training (%(default)s)",
+    )
     add_flag(
         sgd, "--seed", type=natural_int, default=0, help="of weights, order, augmentation and drawn norms (%(default)s)"
     )
@@ -206,7 +222,20 @@ def make_parser() -> Parser:
         attack,
         "--l_norms",
         type=word_list,
-        help="norms, with blanks between; several: one is drawn for each batch, E-AT ('Linf L1')",
+        help="norms, with blanks between; of several --multinorm says which is met when ('Linf L1'; sat, avg, max, msd: 'Linf L2 L1')",
+    )
+    add_flag(
+        attack,
+        "--multinorm",
+        choices=list(SCHEMES),
+        help="how several norms are trained for: " + "; ".join(f"{k}: {v}" for k, v in SCHEMES.items()) + " (eat)",
+    )
+    add_flag(attack, "--ramp_lambda", type=natural_float, help="weight of ramp's logit pairing (2; fine-tuning: 0.5)")
+    add_flag(
+        attack,
+        "--gradient_projection",
+        action="store_true",
+        help="RAMP's: each epoch trains twice, naturally and adversarially, and puts both changes together (off)",
     )
     add_flag(
         attack,
@@ -283,18 +312,55 @@ def make_parser() -> Parser:
     return parser
 
 
+def check_together(args: Namespace, parser: Parser) -> None:
+    """Usage errors for flags that have no meaning beside the others."""
+    scratch, no_attack = not args.finetune_model, not args.attack
+    alone = "without an attack it has no meaning, add --attack=apgd"
+    for flag, wrong, advice in (
+        (
+            "finetune_model",
+            not scratch and not args.model_name,
+            "name the network to start from with --model_name",
+        ),
+        (
+            "model_name",
+            scratch and args.model_name,
+            "add --finetune_model to start from this network (training from scratch takes none)",
+        ),
+        ("width", not scratch and args.width, "a network to fine-tune has its own width, leave this flag out"),
+        (
+            "lr_no_decay",
+            not scratch and args.lr_no_decay,
+            "fine-tuning decays all parameters alike, leave this flag out",
+        ),
+        ("multinorm", no_attack and args.multinorm, alone),
+        ("gradient_projection", no_attack and args.gradient_projection, alone),
+        ("init_epochs", no_attack and args.init_epochs, alone),
+        ("loss", no_attack and args.loss != "ce", alone),
+        ("trades_beta", args.trades_beta and args.loss != "trades", "add --loss=trades, whose weight it is"),
+        (
+            "ramp_lambda",
+            args.ramp_lambda is not None and args.multinorm != "ramp",
+            "add --multinorm=ramp, whose weight it is",
+        ),
+        (
+            "ema",
+            args.ema and args.gradient_projection,
+            "with --gradient_projection weights are put together once an epoch, leave this flag out",
+        ),
+        (
+            "tensorboard",
+            args.tensorboard and find_spec("tensorboard") is None,
+            "the package is missing: pip install tensorboard",
+        ),
+    ):
+        if wrong:
+            parser.error(f"argument --{flag}: {advice}")
+
+
 def resolve(args: Namespace, parser: Parser) -> None:
     """Fill in the published setting of the mode for every flag left out; usage errors for what does not fit together."""
-    if args.finetune_model and not args.model_name:
-        parser.error("argument --finetune_model: name the network to start from with --model_name")
-    if args.model_name and not args.finetune_model:
-        parser.error(
-            "argument --model_name: add --finetune_model to start from this network (training from scratch takes none)"
-        )
-    if args.finetune_model and args.width:
-        parser.error("argument --width: a network to fine-tune has its own width, leave this flag out")
-    if args.finetune_model and args.lr_no_decay:
-        parser.error("argument --lr_no_decay: fine-tuning decays all parameters alike, leave this flag out")
+    check_together(args, parser)
     if not args.finetune_model:
         args.act, args.width = args.act or "softplus1", args.width or (16 if args.dataset == "digits" else 64)
     big = args.finetune_model and args.dataset == "imagenet"  # with the published settings of ImageNet
@@ -302,13 +368,17 @@ def resolve(args: Namespace, parser: Parser) -> None:
     args.weight_decay = (1e-4 if big else 5e-4) if args.weight_decay is None else args.weight_decay
     args.save_freq = args.save_freq or (1 if args.finetune_model else 10)
     args.lr_schedule = args.lr_schedule or ("piecewise-ft" if args.finetune_model else "piecewise-70-10")
-    args.l_norms = args.l_norms or ["Linf", "L1"]
+    args.multinorm = args.multinorm or "eat"
+    args.l_norms = args.l_norms or (list(NORMS) if args.multinorm in ALL_NORMS else ["Linf", "L1"])
     args.l_iters = args.l_iters or [
         args.at_iter or (10 if not big else 15 if norm == "L1" else 5) for norm in args.l_norms
     ]
     args.at_iter = args.at_iter or 10
-    if args.tensorboard and find_spec("tensorboard") is None:
-        parser.error("argument --tensorboard: the package is missing: pip install tensorboard")
+    args.trades_beta = args.trades_beta or (6.0 if args.loss == "trades" else None)
+    if args.multinorm == "ramp" and args.ramp_lambda is None:
+        args.ramp_lambda = 0.5 if args.finetune_model else 2.0
+    if args.init_epochs > args.epochs:
+        parser.error(f"argument --init_epochs: there are {args.epochs} epochs in all")
     with parser.blame("--lr-schedule"):
         lr_schedule(args.lr_schedule, 1.0)
     with parser.blame("--l_norms"):
@@ -319,11 +389,21 @@ def resolve(args: Namespace, parser: Parser) -> None:
         parser.error(
             f"argument --l_iters: one number of steps for each norm is needed, {len(args.l_norms)}; got {len(args.l_iters)}"
         )
+    with parser.blame("--multinorm" if args.loss == "ce" else "--loss"):
+        scheme_of(args)
     if args.eval_eps is None:
         radii = RADII[args.dataset] | (dict(zip(args.l_norms, args.l_eps, strict=True)) if args.attack else {})
         args.eval_eps = [radii[norm] for norm in NORMS]
     elif len(args.eval_eps) != len(NORMS):
         parser.error(f"argument --eval_eps: three radii are needed, for {' '.join(NORMS)}; got {len(args.eval_eps)}")
+
+
+def scheme_of(args: Namespace) -> Scheme:
+    """Which adversarial points an update sees. Raises ValueError."""
+    if not args.attack:
+        return Scheme([])
+    threats = threats_for(args.dataset, args.l_norms, args.l_eps)
+    return make_scheme(args.multinorm, threats, args.l_iters, args.ramp_lambda or 0.0, args.trades_beta)
 
 
 def load(
@@ -402,35 +482,35 @@ class Run:
         self.args, self.data, self.device, self.signals, self.folder = args, data, device, signals, folder
         self.share, self.first = share, share[0] == 0
         self.model = share_statistics(model, device) if args.sync_bn else model
-        self.threats = threats_for(args.dataset, args.l_norms, args.l_eps) if args.attack else []
-        self.attacks = [partial(apgd, threat=t, n_iter=n) for t, n in zip(self.threats, args.l_iters, strict=False)]
+        self.scheme = scheme_of(args)
+        self.threats = self.scheme.threats
+        self.natural = Scheme(self.threats)
         self.train = on_device(data.train.first(args.n_ex_train), device)
         self.steps = number_of_batches(len(self.train), args.batch_size, share[1])
         self.lr_at = lr_schedule(args.lr_schedule, args.lr_max)
-        if args.finetune_model:
-            groups: list[dict[str, Any]] = [
-                {"params": list(self.model.parameters()), "weight_decay": args.weight_decay}
-            ]
-        else:
-            groups = parameter_groups(self.model, args.lr_max, args.weight_decay, args.lr_no_decay)
-        self.optimizer = torch.optim.SGD(groups, lr=args.lr_max, momentum=0.9, fused=device.type == "cuda")
+        self.optimizer = sgd(args, self.model, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.eat, self.watch = EAT(self.threats), Watch()
+        self.watch = Watch([*map(str, self.threats), "clean"])
         self.meter = Meter([threat.norm for threat in self.threats], device)
+        # Of an epoch's two halves the first is natural training then.
+        self.halves = 2 if args.gradient_projection else 1
+        self.projection = GradientProjection(self.model, sgd(args, self.model, device)) if self.halves == 2 else None
         self.averaged = averaged(self.model, args.ema) if args.ema else None
         compiled: nn.Module = torch.compile(self.model) if args.compile else self.model  # type: ignore[assignment]
-        self.attacked = in_format(compiled, device, args.amp)  # as the attack sees it, each process on its own
+        # As the attack sees it, each process on its own.
+        self.attacked = self.meter.passes.of(in_format(compiled, device, args.amp), learns=False)
         self.parallel = data_parallel(compiled, device)
-        self.updated = in_format(self.parallel, device, args.amp)
+        self.updated = self.meter.passes.of(in_format(self.parallel, device, args.amp), learns=True)
         self.about = {"spec": spec, "dataset": args.dataset, "threats": {t.norm: t.eps for t in self.threats}}
         self.about |= {"image_size": args.image_size} if args.image_size else {}
         parts: dict[str, Stateful] = {
             "optimizer": self.optimizer,
             "scaler": self.scaler,
-            "eat": self.eat,
+            "errors": self.scheme.errors,
             "meter": self.meter,
         }
         parts |= {"averaged": self.averaged} if self.averaged else {}
+        parts |= {"projection": self.projection} if self.projection else {}
         self.keeper = Keeper(folder, self.model, self.about, parts, 60 * args.save_every, writes=self.first)
         self.epoch = self.step = 0
 
@@ -449,22 +529,34 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
         self.meter.reset()
 
+    def begin_half(self, second: bool) -> tuple[Scheme, torch.optim.Optimizer]:
+        """Begin or go on with a half of the epoch (there is one only, but for gradient projection): the scheme, and whose momentum."""
+        if not self.projection:
+            return self.natural if self.epoch < self.args.init_epochs else self.scheme, self.optimizer
+        if not self.projection.start:
+            self.projection.begin()
+        if not second:
+            return self.natural, self.projection.optimizer
+        if not self.projection.natural:
+            self.projection.turn()
+        return self.scheme, self.optimizer
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """The rest of the epoch: x and y of this process' part of each batch, and the number of points of the whole batch."""
-        args = self.args
+        """The rest of the half: x and y of this process' part of each batch, and the number of points of the whole batch."""
+        args, first = self.args, self.step % self.steps
         found = batches(
-            self.train, args.batch_size, args.seed, self.epoch, self.device, self.step, self.share, args.workers
+            self.train, args.batch_size, args.seed, self.epoch, self.device, first, self.share, args.workers
         )
         bar = tqdm(
             found,
             total=self.steps,
-            initial=self.step,
+            initial=first,
             desc=f"epoch {self.epoch + 1}/{args.epochs}",
             leave=False,
             disable=not self.first,
         )
         for x, y in bar:
-            yield x, y, min(args.batch_size, len(self.train) - self.step * args.batch_size)
+            yield x, y, min(args.batch_size, len(self.train) - self.step % self.steps * args.batch_size)
 
     def check(self) -> None:
         """Between two updates: raises Interrupted or NotFinite, saves the state when that is due. Knows all updates but the last."""
@@ -476,65 +568,81 @@ class Run:
         if self.keeper.due():
             self.save()
 
-    def observe(self, drawn: int, sums: Tensor, points: int) -> None:
-        """Count an update that met threat `drawn` with so many points: sums (2,) of losses and right answers in this process."""
+    def observe(self, sums: Tensor, points: int, points_here: int) -> None:
+        """Count an update of so many points, so many of them in this process, where `update` gave these sums."""
         asked = torch.full((1,), float(self.signals.received is not None), device=self.device)
-        sums, asked = summed(torch.cat([sums, asked])).split([2, 1])
-        what = f"batch {self.step + 1} of epoch {self.epoch + 1}"
-        self.watch.observe(f"{what} ({self.threats[drawn]})" if self.threats else what, sums[0], asked[0])
-        self.meter.observe(drawn, sums, points)
+        sums, asked = summed(torch.cat([sums, asked])).split([len(sums), 1])
+        table = sums[1:].view(-1, 3)
+        what = f"batch {self.step % self.steps + 1} of epoch {self.epoch + 1}"
+        self.watch.observe(what, torch.cat([sums[:1], table[:, 0]]), asked[0])
+        self.meter.observe(table, points, points_here)
         if self.threats:
-            self.eat.observe(drawn, sums[1], points)
+            self.scheme.errors.observe(table[:-1, 1:])
         self.step += 1
+
+
+def sgd(args: Namespace, model: nn.Module, device: torch.device) -> torch.optim.SGD:
+    """SGD as the flags say."""
+    if args.finetune_model:
+        groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "weight_decay": args.weight_decay}]
+    else:
+        groups = parameter_groups(model, args.lr_max, args.weight_decay, args.lr_no_decay)
+    return torch.optim.SGD(groups, lr=args.lr_max, momentum=0.9, fused=device.type == "cuda")
 
 
 def train_epoch(run: Run) -> None:
     """The rest of an epoch's updates."""
-    args, model = run.args, run.model
+    args, model, (rank, number) = run.args, run.model, run.share
     model.train()
-    for x, y, points in run.batches():
-        run.check()
-        set_lr(run.optimizer, run.lr_at((run.epoch * run.steps + run.step) / (args.epochs * run.steps)))
-        drawn = run.eat.draw(generator(args.seed, run.epoch, run.step)) if run.threats else 0
-        pieces = min(args.accumulate, max(points // (2 * run.share[1]), 1))
-        if run.threats:
+    for half in range(run.step // run.steps, run.halves):
+        scheme, optimizer = run.begin_half(second=half == 1)
+        for x, y, points in run.batches():
+            run.check()
+            set_lr(optimizer, run.lr_at((run.epoch * run.steps + run.step % run.steps) / (args.epochs * run.steps)))
+            drawn = scheme.draw(points, generator(args.seed, run.epoch, run.step)).tensor_split(number)[rank]
+            pieces = min(args.accumulate, max(points // (2 * number), 1))
             # A signal may end the attack at once where no other process waits for this one's part of the update.
-            with eval_mode(model), frozen(model), run.signals.at_once() if run.share[1] == 1 else nullcontext():
-                parts = zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True)
-                x = torch.cat([run.attacks[drawn](run.attacked, *part).x_best for part in parts])
-        weight = run.share[1] / points  # gradients are the mean over the processes, of losses summed over their points
-        hold = partial(only_in_last, run.parallel)
-        sums = update(run.updated, run.optimizer, run.scaler, x, y, weight, pieces, args.grad_clip, hold)
-        if not args.sync_bn:
-            average_buffers(model)
-        if run.averaged:
-            run.averaged.update_parameters(model)
-        run.observe(drawn, sums, points)
+            with eval_mode(model), frozen(model), run.signals.at_once() if number == 1 else nullcontext():
+                parts = zip(*(part.tensor_split(pieces) for part in (x, y, drawn)), strict=True)
+                seen = [(scheme.points(run.attacked, *part), part[1]) for part in parts]
+            weight = number / points  # gradients are the mean over the processes, of losses summed over their points
+            hold = partial(only_in_last, run.parallel)
+            sums = update(run.updated, optimizer, run.scaler, scheme, seen, weight, args.grad_clip, hold)
+            if not args.sync_bn:
+                average_buffers(model)
+            if run.averaged:
+                run.averaged.update_parameters(model)
+            run.observe(sums, points, len(x))
+    if run.projection and run.projection.start:
+        run.projection.end()
 
 
 def update(
     network: Model,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    x: Tensor,
-    y: Tensor,
+    scheme: Scheme,
+    pieces: Sequence[tuple[Points, Tensor]],
     weight: float | None = None,
-    pieces: int = 1,
     grad_clip: float | None = None,
     hold: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
 ) -> Tensor:
-    """One step of SGD on x (B, C, H, W), y (B,), in so many passes: (2,) the losses' sum and how many were right, before it.
+    """One step of SGD on the scheme's loss at these points of images with labels y (B,), a pass for each piece; before it, in one row,
 
-    weight: of a point's loss (1 / B). hold(last): the context of a pass. Nothing waits for the device.
+    the loss' sum and what `tally` says of each threat and of clean images: (1 + 3 (threats + 1),).
+    weight: of an image's loss (left out: 1 over their number). hold(last): the context of a pass. Nothing waits for the device.
     """
     optimizer.zero_grad()
+    weight = 1 / sum(len(y) for _, y in pieces) if weight is None else weight
     sums = []
-    for piece, (part, labels) in enumerate(zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True)):
-        with hold(piece + 1 == pieces):
-            logits = network(part).float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            scaler.scale(loss * (1 / len(y) if weight is None else weight)).backward()
-        sums.append(torch.stack([loss.detach(), (logits.argmax(1) == labels).sum().to(loss.dtype)]))
+    for number, (points, y) in enumerate(pieces, 1):
+        with hold(number == len(pieces)):
+            logits = network(points.x.flatten(0, 1)).float().unflatten(0, points.threat.shape)
+            loss = scheme.loss(logits, y).sum()
+            scaler.scale(loss * weight).backward()
+        logits = logits.detach()
+        table = tally(logits, y, points.threat, len(scheme.threats) + 1)
+        sums.append(torch.cat([loss.detach()[None], table.flatten()]))
     if grad_clip:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
@@ -548,7 +656,7 @@ def close_epoch(run: Run, board: Any) -> None:
     args, done = run.args, run.epoch + 1
     last = done == args.epochs
     run.watch.look()
-    record = run.meter.record(done, run.optimizer.param_groups[0]["lr"], run.eat.errors())
+    record = run.meter.record(done, run.optimizer.param_groups[0]["lr"], run.scheme.errors.all())
     if args.eval_freq and (done % args.eval_freq == 0 or last):
         run.save()
         for name, model in networks(run).items():
@@ -585,14 +693,14 @@ def announce(run: Run) -> None:
         )
         print("!!! For adversarial training give --attack=apgd --l_norms='Linf L1'.\n")
     elif len(run.threats) > 1:
-        print(f"E-AT: for each batch one of {', '.join(map(str, run.threats))}, drawn by its running error")
+        print(f"{args.multinorm} for {', '.join(map(str, run.threats))}: {SCHEMES[args.multinorm]}")
     else:
         print(f"adversarial training for {run.threats[0]}")
     if args.eval_eps != list(RADII[args.dataset].values()):
         print(f"evaluation radii, in the order {' '.join(NORMS)}: {args.eval_eps} (--eval_eps sets them apart)")
     together = f"{number} processes, the first " if number > 1 else ""
     if run.epoch or run.step:
-        print(f"going on after batch {run.step} of {run.steps} of epoch {run.epoch + 1}")
+        print(f"going on after batch {run.step} of {run.halves * run.steps} of epoch {run.epoch + 1}")
     print(f"{together}on {run.device}; run folder {run.folder}", flush=True)
 
 
@@ -641,7 +749,8 @@ def open_folder(args: Namespace, before: Before | None, epochs: int, env: dict[s
         return before.folder
     start = f"from-{Path(args.model_name).name.removesuffix('.pth')}" if args.finetune_model else "from-scratch"
     norms = "-".join(args.l_norms) if args.attack else "no-attack"
-    parts = [args.dataset, start, args.attack or "", norms, f"seed{args.seed}", args.notes_run]
+    scheme = args.multinorm if args.multinorm != "eat" else ""
+    parts = [args.dataset, start, args.attack or "", scheme, norms, f"seed{args.seed}", args.notes_run]
     folder = new_folder(args.save_dir, parts)
     held.enter_context(claim(folder, seconds=0))
     write_json(folder / "env.json", env)
@@ -733,7 +842,7 @@ def final_figures(run: Run, model: nn.Module, name: str) -> None:
 def attacked(run: Run, model: nn.Module, split: Split | FolderSplit, budget: Budget, folder: Path | None) -> Evaluation:
     """An evaluation in the three norms with the radii of --eval_eps, its points shared out over the processes."""
     args, read = run.args, split.in_memory()
-    points = Points(read.images, read.labels, read.levels)
+    points = TestPoints(read.images, read.labels, read.levels)
     threats = threats_for(args.dataset, NORMS, args.eval_eps)
     with full_precision(), eval_mode(model), frozen(model), run.signals.at_once():
         return evaluate(model, points, threats, run.device, budget, args.batch_size_eval, args.seed, folder, run.share)

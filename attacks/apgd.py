@@ -212,12 +212,7 @@ class Halving:
 
     def direction(self, rows: Rows) -> Tensor:
         """Of steepest ascent, length 1 in the norm."""
-        if self.norm == "Linf":
-            return rows.grad.sign()
-        tiny = torch.finfo(rows.grad.dtype).tiny
-        # Scaled first: the squares of a saturated network's gradients underflow.
-        scaled = rows.grad / _rows(rows.grad.flatten(1).abs().amax(1).clamp(min=tiny), rows.grad)
-        return scaled / _rows(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
+        return steepest(rows.grad, self.norm)
 
     def adapt(self, rows: Rows, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
         """Set the step where a stage starts, halve it where a check-point says so: there, and (B,) bool, go back."""
@@ -247,11 +242,8 @@ class Sparse:
         return [0 if (k + 1) % every else every for k in range(n_iter)]
 
     def direction(self, rows: Rows) -> Tensor:
-        """The signs of the largest entries of the gradient, length 1 in L1."""
-        size = rows.grad.flatten(1).abs()
-        count = rows.keep.ceil().clamp(1, size.shape[1])[:, None]
-        signs = rows.grad.flatten(1).sign() * (size >= kth_largest(size, count))
-        return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view(rows.grad.shape)
+        """Along the largest entries of the gradient, length 1 in L1."""
+        return steepest(rows.grad, "L1", rows.keep)
 
     def adapt(self, rows: Rows, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
         """At a check-point start anew (eps, from the best point: there True, (B,)) where that became sparser, else a smaller step."""
@@ -265,6 +257,22 @@ class Sparse:
         rows.keep = torch.where(fresh, self.share * n, torch.where(check | starts, nonzeros / 1.5, rows.keep))
         rows.nonzeros = torch.where(fresh, n, torch.where(check | starts, nonzeros, rows.nonzeros))
         return sparser
+
+
+def steepest(grad: Tensor, norm: Norm, keep: Tensor | None = None) -> Tensor:
+    """Direction of steepest ascent (B, ...), length 1 in the norm; in L1 along each row's `keep` (B,) largest entries, rounded up."""
+    if norm == "Linf":
+        return grad.sign()
+    if norm == "L1":
+        size = grad.flatten(1).abs()
+        assert keep is not None
+        count = keep.ceil().clamp(1, size.shape[1])[:, None]
+        signs = grad.flatten(1).sign() * (size >= kth_largest(size, count))
+        return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view(grad.shape)
+    tiny = torch.finfo(grad.dtype).tiny
+    # Scaled first: the squares of a saturated network's gradients underflow.
+    scaled = grad / _rows(grad.flatten(1).abs().amax(1).clamp(min=tiny), grad)
+    return scaled / _rows(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
 
 
 def kth_largest(size: Tensor, k: Tensor) -> Tensor:

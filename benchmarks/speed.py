@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywh
 
 import attacks.apgd as apgd_module
 import train
+from attacks.multinorm import Scheme, clean_points
 from attacks.projections import project_l1
 from attacks.threat import NORMS, Norm, Threat, threats_for
 from benchmarks import libraries
@@ -104,6 +105,8 @@ def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
     draws = torch.Generator().manual_seed(0)
     x, y = torch.rand(batch_size, 3, 32, 32, generator=draws), torch.randint(0, 10, (batch_size,), generator=draws)
 
+    standard = Scheme([])
+
     def update(norm: Norm, n_iter: int) -> None:
         [threat] = threats_for("cifar10", [norm])
         if amp is None:
@@ -113,7 +116,7 @@ def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
         else:
             with eval_mode(model), frozen(model):
                 x_adv = apgd_module.apgd(forward, x, y, threat, n_iter).x_best
-        train.update(forward, optimizer, scaler, x_adv, y)
+        train.update(forward, optimizer, scaler, standard, [(clean_points(x_adv, 0), y)])
 
     return update
 

@@ -94,10 +94,18 @@ def network(function: str) -> list[str]:
     return ["--finetune_model", f"--model_name=net.py:{function}", "--lr-max=0.05"]
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_the_updates_of_several_processes_are_those_of_one(number: int, launch: Launch) -> None:
-    """Of 32, 32 and 22 points, which three can't share evenly; the norm is drawn by the errors on all points."""
-    flags = [*network("deep"), "--n_ex_train=86", "--batch_size=32", "--epochs=1", "--grad_clip=3", "--ema=0.5"]
+@pytest.mark.parametrize(("number", "scheme"), [(2, "eat"), (3, "eat-mixed")])
+def test_the_updates_of_several_processes_are_those_of_one(number: int, scheme: str, launch: Launch) -> None:
+    """Of 32, 32 and 22 points, which three can't share evenly; norms are drawn by the errors on all points."""
+    flags = [
+        *network("deep"),
+        f"--multinorm={scheme}",
+        "--n_ex_train=86",
+        "--batch_size=32",
+        "--epochs=1",
+        "--grad_clip=3",
+        "--ema=0.5",
+    ]
     several, one = together(launch, number, *flags, "--sync_bn"), train.main([*FLAGS, *flags])
     for name in ("ep_1.pth", "ep_1_ema.pth"):
         assert furthest(several / name, one / name) < 1e-5

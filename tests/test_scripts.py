@@ -166,3 +166,41 @@ def test_help_says_each_flags_default(script, capsys) -> None:  # type: ignore[n
     assert "network:" in capsys.readouterr().out
     for action in script.make_parser()._actions:
         assert "(" in action.help or action.dest == "help" or action.help == "==SUPPRESS=="
+
+
+@pytest.mark.parametrize(
+    ("flags", "norms", "passes"),
+    [
+        (["--multinorm=eat-mixed"], ["Linf", "L1"], (4, 3)),
+        (["--multinorm=sat"], ["Linf", "L2", "L1"], (4, 3)),
+        (["--multinorm=avg"], ["Linf", "L2", "L1"], (12, 9)),
+        (["--multinorm=max"], ["Linf", "L2", "L1"], (10, 7)),
+        (["--multinorm=msd", "--l_norms=L1 Linf"], ["L1", "Linf"], (7, 3)),
+        (["--multinorm=ramp"], ["Linf", "L1"], (8, 6)),
+        (["--loss=trades"], ["Linf", "L1", "clean"], (5, 4)),
+        (["--multinorm=ramp", "--gradient_projection", "--init_epochs=0"], ["Linf", "L1", "clean"], (4.5, 3.5)),
+    ],
+)
+def test_every_scheme_trains_and_says_what_it_cost(
+    flags: list[str], norms: list[str], passes: tuple[float, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forward and backward passes an image: those of the attacks with two steps, and of the update."""
+    folder = train.main([*TINY, "--attack=apgd", "--at_iter=2", "--epochs=2", *flags])
+    for record in lines(folder):
+        assert list(record["norms"]) == norms
+        assert (record["passes"]["forward"], record["passes"]["backward"]) == passes
+        drawn = [row["drawn"] for name, row in record["norms"].items() if name != "clean"]
+        assert sum(drawn) == pytest.approx(1, abs=1e-3)
+        assert all(math.isfinite(row["loss"]) for row in record["norms"].values() if row["drawn"])
+    name = flags[0].removeprefix("--multinorm=") if "multinorm" in flags[0] else "eat"
+    assert f"{name} for Linf" in capsys.readouterr().out.replace("L1 2, Linf", "Linf")
+
+
+def test_first_epochs_of_standard_training() -> None:
+    folder = train.main([*TINY, *EAT, "--epochs=3", "--init_epochs=2"])
+    first, second, third = lines(folder)
+    for record in (first, second):
+        assert record["norms"]["clean"]["loss"] == record["loss"]
+        assert record["norms"]["Linf"]["drawn"] == record["norms"]["L1"]["drawn"] == 0
+        assert record["passes"] == {"forward": 1, "backward": 1}
+    assert list(third["norms"]) == ["Linf", "L1"]

@@ -16,7 +16,7 @@ import models.preact_resnet as preact_resnet
 import train
 from attacks.apgd import apgd, judge
 from attacks.losses import cross_entropy
-from attacks.multinorm import EAT
+from attacks.multinorm import SCHEMES, Scheme, clean_points, make_scheme
 from attacks.threat import NORMS, RADII, Norm, Threat
 from data import Split, batches, load_dataset
 from models import build_model
@@ -122,14 +122,15 @@ def test_attack_update_and_meter_run_on_meta(norm: Norm | None) -> None:
         x, y = torch.rand(8, 3, 12, 12), torch.zeros(8, dtype=torch.int64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    meter = Meter(["clean"], meta)
+    meter = Meter([], meta)
     if norm:
         with frozen(model):
             x = apgd(model.eval(), x, y, Threat(norm, 0.5), 3).x_best
         model.train()
-    sums = train.update(model, optimizer, scaler, x, y, pieces=2, grad_clip=1)
-    meter.observe(0, sums, len(x))
-    assert (sums.device, sums.shape, meter.sums.device) == (meta, (2,), meta)
+    halves = [(clean_points(part, 0), labels) for part, labels in zip(x.split(4), y.split(4), strict=True)]
+    sums = train.update(model, optimizer, scaler, Scheme([]), halves, grad_clip=1)
+    meter.observe(sums[1:].view(-1, 3), len(x), len(x))
+    assert (sums.device, sums.shape, meter.sums.device) == (meta, (4,), meta)
 
 
 def test_an_update_in_fp16_scales_its_gradients() -> None:
@@ -138,7 +139,9 @@ def test_an_update_in_fp16_scales_its_gradients() -> None:
     x, y = load_dataset("digits", "").train.first(32).pixels()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=5, enabled=True)
-    losses = [float(train.update(in_format(model, CPU, "fp16"), optimizer, scaler, x, y)[0]) for _ in range(30)]
+    batch = [(clean_points(x, 0), y)]
+    half = in_format(model, CPU, "fp16")
+    losses = [float(train.update(half, optimizer, scaler, Scheme([]), batch)[0]) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
     assert scaler.get_scale() == 1024 * 2**6  # doubled after each five updates
 
@@ -173,12 +176,16 @@ def test_freed_memory_is_kept_for_the_next_tensors() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_training_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("name", SCHEMES)
+def test_training_never_waits_for_the_gpu(name: str) -> None:
     device = torch.device("cuda")
     model = build_model("preact-resnet18", width=16).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
-    scaler, eat = torch.amp.GradScaler(enabled=False), EAT([Threat("Linf", 0.1), Threat("L1", 12)])
-    meter, watch = Meter(["a"], device), Watch()
+    scaler, scheme = (
+        torch.amp.GradScaler(enabled=False),
+        make_scheme(name, [Threat("Linf", 0.1), Threat("L1", 12)], [3, 3]),
+    )
+    meter, watch = Meter(["Linf", "L1"], device), Watch(["Linf", "L1", "clean"])
     split = Split(
         torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device=device),
         torch.zeros(64, dtype=torch.int64, device=device),
@@ -190,15 +197,16 @@ def test_training_never_waits_for_the_gpu() -> None:
         parts = batches(split, 16, 0, epoch, device)
         x, y = next(parts)
         torch.cuda.set_sync_debug_mode("error" if epoch else "default")
-        for x, y in parts:
-            for index, threat in enumerate(eat.threats):
-                with eval_mode(model), frozen(model):
-                    x_adv = apgd(model, x, y, threat, 3).x_best
-                sums = train.update(model, optimizer, scaler, x_adv, y)
-                meter.observe(0, sums, len(x))
-                watch.observe("", sums[0], sums[0])
-                watch.look(all_but=1)
-                eat.observe(index, sums[1], len(x))
+        for step, (x, y) in enumerate(parts):
+            drawn = scheme.draw(len(x), torch.Generator().manual_seed(step))
+            with eval_mode(model), frozen(model):
+                points = scheme.points(model, x, y, drawn)
+            sums = train.update(model, optimizer, scaler, scheme, [(points, y)])
+            table = sums[1:].view(-1, 3)
+            meter.observe(table, len(x), len(x))
+            watch.observe("", torch.cat([sums[:1], table[:, 0]]), sums[0])
+            watch.look(all_but=1)
+            scheme.errors.observe(table[:-1, 1:])
     torch.cuda.set_sync_debug_mode("default")
 
 

@@ -293,6 +293,21 @@ def test_tensorboards_curves_are_the_metrics(launch: Launch) -> None:
         assert len(expected) >= 3
 
 
+@pytest.mark.parametrize("step", ["000003", "000010"])
+def test_an_epochs_two_halves_are_gone_on_with(step: str, launch: Launch) -> None:
+    """Gradient projection, killed in the natural half of the second epoch or in its adversarial one."""
+    flags = [flag for flag in FLAGS if "ema" not in flag and "epochs" not in flag]
+    flags += ["--multinorm=ramp", "--gradient_projection", "--epochs=2"]
+    processes = [launch(*flags, f"--save_dir={name}") for name in ("undisturbed", "cut")]
+    wait_for("cut", f"state_0001_{step}-*.pth")
+    processes[1].kill()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    folder = train.main([f"--resume={the_run(Path('cut'))}"])
+    assert outcome(folder) == outcome(the_run(Path("undisturbed")))
+
+
 def test_a_complete_run_is_left_as_it_is(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = shutil.copytree(whole, tmp_path / "runs" / whole.name)
     before = outcome(copy)

@@ -1,0 +1,50 @@
+"""MSD: multi steepest descent over several norms in one run (Maini et al., ICML 2020, arXiv 1909.04068, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attacks.apgd import TRAINING_SHARE, Model, judge, steepest
+from attacks.losses import cross_entropy
+from attacks.projections import project
+from attacks.threat import Threat
+
+STEPS_TO_CROSS = 5  # a threat's step is eps * this / n_iter: eps / 10 in 50 steps, as published for CIFAR-10
+
+
+def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: int) -> tuple[Tensor, Tensor]:
+    """Points (B, ...) of highest loss that a run from x meets, and the threat (B,) int64 whose step led there and whose ball holds it.
+
+    Each step tries every threat's steepest one, projected on that threat's ball and the box, and keeps the one of highest loss:
+    n_iter backward and n_iter * (1 + number of threats) forward passes. The model should be in eval mode.
+    """
+    x = x.detach()
+    delta, best = torch.zeros_like(x), torch.zeros_like(x)
+    threat = torch.zeros_like(y)
+    value, grad, _ = judge(model, x, y, cross_entropy, with_grad=True)
+    best_value = value
+    for step in range(n_iter):
+        tried = [_step(delta, grad, x, each, STEPS_TO_CROSS / n_iter) for each in threats]
+        last = step + 1 == n_iter
+        values = torch.stack([judge(model, x + new, y, cross_entropy, with_grad=False)[0] for new in tried])
+        value, chosen = values.max(0)
+        for index, new in enumerate(tried):
+            delta = torch.where((chosen == index).view(-1, *[1] * (x.dim() - 1)), new, delta)
+        better = value > best_value
+        best_value = torch.where(better, value, best_value)
+        best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), delta, best)
+        threat = torch.where(better, chosen, threat)
+        if not last:
+            grad = judge(model, x + delta, y, cross_entropy, with_grad=True)[1]
+    return x + best, threat
+
+
+def _step(delta: Tensor, grad: Tensor, x: Tensor, threat: Threat, share: float) -> Tensor:
+    """delta after the threat's steepest step of length share * eps, in ball and box."""
+    eps = torch.full((len(x),), threat.eps, device=x.device, dtype=x.dtype)
+    keep = torch.full_like(eps, TRAINING_SHARE * x[0].numel())
+    new = delta + share * threat.eps * steepest(grad, threat.norm, keep)
+    return project(new, x, threat.norm, eps)
