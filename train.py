@@ -122,11 +122,16 @@ def make_parser() -> Parser:
     add_flag(model, "--model_dir", default="./pretrained", help="folder for pretr_* and RB_* files (%(default)s)")
     add_flag(
         model,
+        "--arch",
+        help="preact-resnet18 or wide-resnet-DEPTH-WIDTH, as wide-resnet-28-10 (preact-resnet18, or the checkpoint's)",
+    )
+    add_flag(
+        model,
         "--act",
         choices=list(ACTIVATIONS),
-        help="activation of the PreAct ResNet-18 (softplus1, or the checkpoint's)",
+        help="activation of either (softplus1, wide-resnet: relu, or the checkpoint's)",
     )
-    add_flag(model, "--width", type=positive_int, help="channels of its first stage (64; digits: 16)")
+    add_flag(model, "--width", type=positive_int, help="channels of the preact-resnet18's first stage (64; digits: 16)")
     points = parser.add_argument_group("points")
     add_flag(points, "--dataset", choices=DATASETS, default="cifar10", help="data set (%(default)s)")
     add_flag(
@@ -361,8 +366,7 @@ def check_together(args: Namespace, parser: Parser) -> None:
 def resolve(args: Namespace, parser: Parser) -> None:
     """Fill in the published setting of the mode for every flag left out; usage errors for what does not fit together."""
     check_together(args, parser)
-    if not args.finetune_model:
-        args.act, args.width = args.act or "softplus1", args.width or (16 if args.dataset == "digits" else 64)
+    resolve_network(args, parser)
     big = args.finetune_model and args.dataset == "imagenet"  # with the published settings of ImageNet
     args.epochs = args.epochs or (1 if big else 3 if args.finetune_model else 80)
     args.weight_decay = (1e-4 if big else 5e-4) if args.weight_decay is None else args.weight_decay
@@ -398,6 +402,20 @@ def resolve(args: Namespace, parser: Parser) -> None:
         parser.error(f"argument --eval_eps: three radii are needed, for {' '.join(NORMS)}; got {len(args.eval_eps)}")
 
 
+def resolve_network(args: Namespace, parser: Parser) -> None:
+    """The same for --arch, --act and --width; the network of --finetune_model has its own."""
+    if args.arch:
+        with parser.blame("--arch"), torch.device("meta"):
+            build_model(args.arch)
+    if args.width and args.arch not in (None, "preact-resnet18"):
+        parser.error(f"argument --width: {args.arch} says its width itself, leave this flag out")
+    if not args.finetune_model:
+        args.arch = args.arch or "preact-resnet18"
+        preact = args.arch == "preact-resnet18"
+        args.act = args.act or ("softplus1" if preact else "relu")
+        args.width = args.width or (None if not preact else 16 if args.dataset == "digits" else 64)
+
+
 def scheme_of(args: Namespace) -> Scheme:
     """Which adversarial points an update sees. Raises ValueError."""
     if not args.attack:
@@ -419,10 +437,10 @@ def load(
             model = rebuild(spec, args.model_name)
     elif args.finetune_model:
         with parser.blame("--model_name"):
-            loaded = load_model(args.model_name, args.model_dir, args.dataset, args.act)
+            loaded = load_model(args.model_name, args.model_dir, args.dataset, args.act, args.arch)
         model, spec, about = loaded.model, loaded.spec, loaded.about
     if args.finetune_model:
-        args.act, args.width = spec.get("act"), spec.get("width")
+        args.arch, args.act, args.width = spec.get("arch"), spec.get("act"), spec.get("width")
     size = args.image_size or about.get("image_size")
     with parser.blame("--data_dir"):
         data = load_dataset(args.dataset, args.data_dir, size or 224, published_preparation(spec, size))
@@ -439,12 +457,12 @@ def load(
             parser.error(f"argument {flag}: {args.dataset} has {there} such points, {asked} were asked for")
     args.n_ex_train, args.n_ex_final = args.n_ex_train or len(data.train), args.n_ex_final or min(1000, len(data.test))
     if not spec:
-        sizes = {"num_classes": data.num_classes, "in_channels": data.shape[0], "width": args.width, "act": args.act}
-        spec = {"arch": "preact-resnet18", **sizes}
+        spec = {"arch": args.arch, "num_classes": data.num_classes, "in_channels": data.shape[0], "act": args.act}
+        spec |= {"width": args.width} if args.width else {}
         model = build_model(**spec)
     if args.finetune_model and args.dataset == "imagenet":
         args.lr_max = args.lr_max or (1e-4 if "xcit" in args.model_name.lower() else 0.005)
-    args.lr_max = args.lr_max or (0.05 if spec["arch"] == "preact-resnet18" else 0.01)
+    args.lr_max = args.lr_max or (0.01 if args.finetune_model and args.arch != "preact-resnet18" else 0.05)
     model = model.to(device)
     with parser.blame("--model_name"), eval_mode(model):
         check_fits(model, data.shape, data.num_classes)

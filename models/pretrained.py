@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models import Spec, build_model
 from models.robustbench_zoo import THREATS, load_robustbench
+from models.wide_resnet import WideResNet
 from utils.checkpoint import load_tensors, state_dict_of
 from utils.run import made_folder
 
@@ -32,22 +33,26 @@ class Loaded:
     about: dict[str, Any]
 
 
-def load_model(name: str, model_dir: str, dataset: str, act: str | None = None) -> Loaded:
+def load_model(name: str, model_dir: str, dataset: str, act: str | None = None, arch: str | None = None) -> Loaded:
     """The network called `name`: RB_{id}, RB_{id}_{Linf,L2}, FILE.py:FUNCTION, FILE.py:FUNCTION@CHECKPOINT, or a checkpoint's path.
 
     A checkpoint is looked for as given and in model_dir; `pretr_*` is downloaded to model_dir if missing. `dataset` tells which of
-    RobustBench's lists is meant, `act` the activation of a plain state dict (its name may say act=...; else softplus1).
-    Raises ValueError that says what to do.
+    RobustBench's lists is meant, `act` the activation of a plain state dict (its name may say act=...; else softplus1, and relu of
+    wide residual networks). `arch`, if given, has to be the network that a checkpoint says or looks like. Raises ValueError that says what
+    to do.
     """
+    function = re.fullmatch(r"(.+\.py):(\w+)(?:@(.+))?", name)
+    if arch and (function or name.startswith("RB_")):
+        raise ValueError(f"{name} has a network of its own; leave --arch={arch} out")
     if name.startswith("RB_"):
         model_id, threat = _split_robustbench(name)
         model, threat = load_robustbench(model_id, threat, dataset, Path(model_dir))
         return Loaded(model, {"arch": "robustbench", "model_id": model_id, "threat": threat, "dataset": dataset}, {})
-    if match := re.fullmatch(r"(.+\.py):(\w+)(?:@(.+))?", name):
-        return _from_function(Path(match[1]), match[2], match[3])
+    if function:
+        return _from_function(Path(function[1]), function[2], function[3])
     path = _find_file(name, Path(model_dir))
     try:
-        return _from_file(path, dataset, act)
+        return _from_file(path, dataset, act, arch)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
@@ -94,7 +99,7 @@ def _from_function(file: Path, function: str, checkpoint: str | None) -> Loaded:
     return Loaded(model, spec, _about(content))
 
 
-def _from_file(path: Path, dataset: str, act: str | None) -> Loaded:
+def _from_file(path: Path, dataset: str, act: str | None = None, arch: str | None = None) -> Loaded:
     content = load_tensors(path)
     state = state_dict_of(content)
     if isinstance(content, dict) and isinstance(content.get("spec"), dict):
@@ -106,7 +111,9 @@ def _from_file(path: Path, dataset: str, act: str | None) -> Loaded:
         if act and act != spec.get("act", act):
             raise ValueError(f"it was trained with --act={spec['act']}, not {act}")
     else:
-        spec = _spec_of_plain_file(path, state, dataset, act)
+        spec = _spec_of_plain_file(path, state, dataset, act, arch)
+    if arch and arch != spec.get("arch"):
+        raise ValueError(f"its network is {spec.get('arch')}; leave --arch={arch} out")
     model = build_model(**spec)
     _load_weights(model, state)
     return Loaded(model, spec, _about(content))
@@ -120,30 +127,37 @@ def _about(content: Any) -> dict[str, Any]:
     }
 
 
-def _spec_of_plain_file(path: Path, state: dict[str, Tensor], dataset: str, act: str | None) -> Spec:
-    """The network of a state dict that says nothing of itself: shapes tell the sizes, the run's name (`act=`, `fts=RB_...`) the rest."""
+def _spec_of_plain_file(path: Path, state: dict[str, Tensor], dataset: str, act: str | None, arch: str | None) -> Spec:
+    """The network of a state dict that says nothing of itself: names and shapes tell which of ours and its sizes.
+
+    The run's name may tell its activation, or, unless `arch` does, a network of RobustBench's (`act=...`, `fts=RB_...`).
+    """
     told = dict(re.findall(r"(act|fts)=([\w.-]+)", f"{path.parent.name} {path.name}"))
-    if told.get("fts", "").startswith("RB_"):
+    if not arch and told.get("fts", "").startswith("RB_"):
         model_id, threat = _split_robustbench(told["fts"])
         return {"arch": "robustbench", "model_id": model_id, "threat": threat or "Linf", "dataset": dataset}
-    if "conv1.weight" not in state or "linear.weight" not in state or "layer1.0.bn1.weight" not in state:
-        raise ValueError(
-            "it is a checkpoint of another network than the PreAct ResNet-18; build that one with FILE.py:FUNCTION@CHECKPOINT"
-        )
-    width, in_channels = state["conv1.weight"].shape[:2]
-    num_classes = len(state["linear.weight"])
-    act = act or told.get("act") or "softplus1"
-    return {
-        "arch": "preact-resnet18",
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "width": width,
-        "act": act,
-    }
+    act = act or told.get("act")
+    if {"conv1.weight", "linear.weight", "layer1.0.bn1.weight"} <= state.keys():
+        width, in_channels = state["conv1.weight"].shape[:2]
+        sizes = {"num_classes": len(state["linear.weight"]), "in_channels": in_channels, "width": width}
+        return {"arch": "preact-resnet18", **sizes, "act": act or "softplus1"}
+    if {"conv1.weight", "fc.weight", "block1.layer.0.conv1.weight"} <= state.keys():
+        blocks = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in state)
+        found = f"wide-resnet-{6 * blocks + 4}-{len(state['block1.layer.0.conv1.weight']) // 16}"
+        sizes = {"num_classes": len(state["fc.weight"]), "in_channels": state["conv1.weight"].shape[1]}
+        return {"arch": found, **sizes, "act": act or "relu"}
+    raise ValueError(
+        "it is a checkpoint of another network than the PreAct ResNet-18 and wide residual networks; take RobustBench's as RB_{id}, "
+        "build others with FILE.py:FUNCTION@CHECKPOINT"
+    )
 
 
 def _load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     own = model.state_dict()
+    if isinstance(model, WideResNet):  # many published ones have a block beside block1 that no pass goes through
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("sub_block1.")}
+    # PyTorch before 0.4.1 did not count BatchNorm's batches, and nothing here asks for the number.
+    state = {name: count for name, count in own.items() if name.endswith("num_batches_tracked")} | state
     odd = [
         name
         for name in sorted(own.keys() | state.keys())
@@ -181,7 +195,7 @@ def download_authors_file(file_name: str, model_dir: Path) -> None:
         with made_folder(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
             path = Path(part) / file_name
             gdown.download(id=file_id, output=str(path), quiet=False)
-            _from_file(path, "cifar10", None)
+            _from_file(path, "cifar10")
             shutil.move(path, model_dir / file_name)
     except Exception as error:  # gdown raises whatever its parsers and sockets do
         raise ValueError(

@@ -45,6 +45,12 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--epochs=0"], "--epochs", "at least 1"),
     ([*DIGITS, "--weight_decay=-1"], "--weight_decay", "at least 0"),
     ([*DIGITS, "--act=tanhh"], "--act", "softplus1"),
+    ([*DIGITS, "--arch=resnet50"], "--arch", "wide-resnet-DEPTH-WIDTH"),
+    ([*DIGITS, "--arch=robustbench"], "--arch", "preact-resnet18"),
+    ([*DIGITS, "--arch=wide-resnet-28"], "--arch", "wide-resnet-28-10"),
+    ([*DIGITS, "--arch=wide-resnet-28-10000000000"], "--arch", "wide-resnet-28-10"),
+    ([*DIGITS, "--arch=wide-resnet-27-10"], "--arch", "6n + 4"),
+    ([*DIGITS, "--arch=wide-resnet-10-1", "--width=16"], "--width", "leave"),
     ([*DIGITS, "--seed=-1"], "--seed", "at least 0"),
     ([*DIGITS, "--device=cuda:99"], "--device", "auto"),
     ([*DIGITS, "--device=tpu"], "--device", "auto"),
@@ -59,6 +65,11 @@ TRAIN_ERRORS = [
     ([*TUNE, "--model_name=net.pth", "--width=8"], "--width", "leave"),
     ([*TUNE, "--model_name=net.pth", "--lr_no_decay=1"], "--lr_no_decay", "leave"),
     ([*TUNE, "--model_name=net.pth", "--act=relu"], "--model_name", "--act=softplus1"),
+    ([*TUNE, "--model_name=net.pth", "--arch=wide-resnet-10-1"], "--model_name", "leave --arch"),
+    ([*TUNE, "--model_name=wide.pth", "--arch=preact-resnet18"], "--model_name", "network is wide-resnet-10-1"),
+    ([*TUNE, "--model_name=colour.pth", "--arch=wide-resnet-10-1"], "--model_name", "network is preact-resnet18"),
+    ([*TUNE, "--model_name=RB_Wong2020Fast", "--arch=preact-resnet18"], "--model_name", "leave --arch"),
+    ([*TUNE, "--model_name=nets.py:narrow", "--arch=preact-resnet18"], "--model_name", "leave --arch"),
     ([*TUNE, "--model_name=text.pth"], "--model_name", "not a checkpoint"),
     ([*TUNE, "--model_name=code.pth"], "--model_name", "refused"),
     ([*TUNE, "--model_name=empty.pth"], "--model_name", "not a checkpoint"),
@@ -125,6 +136,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spec = {"arch": "preact-resnet18", "act": "softplus1", **net}
     torch.save({"spec": spec, "state_dict": state, "epoch": 1, "dataset": "digits"}, "net.pth")
     torch.save(build_model("preact-resnet18", width=4).state_dict(), "colour.pth")
+    torch.save(build_model("wide-resnet-10-1", in_channels=1).state_dict(), "wide.pth")
     torch.save(torch.nn.Linear(3, 3).state_dict(), "other.pth")
     torch.save({"epoch": 3}, "number.pth")
     torch.save({"spec": {"arch": "function", "function": "nets.py:make"}, "state_dict": state}, "function.pth")
