@@ -84,32 +84,31 @@ def outcome(folder: Path) -> list[Any]:
 
 
 def test_killed_at_twenty_moments_it_ends_with_the_same_weights(whole: Path, launch: Launch) -> None:
-    """At ten random ones, and at ten at which a file is being written."""
-    draws, killed, torn = random.Random(0), 0, 0
-    for number in range(20):
-        process = launch(*FLAGS, "--save_dir=cut", "--resume")
-        if number % 2:
-            deadline = time.monotonic() + 60
-            while process.is_alive() and time.monotonic() < deadline and not list(Path("cut").glob("*/state_*.part")):
-                pass
+    """At ten random ones, and at ten at which a file is being written. On a slow machine that takes more than one run."""
+    draws, killed, torn, runs = random.Random(0), 0, 0, 1
+    while killed < 20:
+        place = f"cut{runs}"
+        process = launch(*FLAGS, f"--save_dir={place}", "--resume")
+        if killed % 2:
+            while process.is_alive() and not list(Path(place).glob("*/state_*.part")):
+                time.sleep(0.0002)
         else:
-            seen = len(states("cut"))
-            while (
-                process.is_alive()
-                and states("cut")[seen:] == []
-                and states("cut")[-1:] == states("cut")[seen - 1 : seen]
-            ):
+            before = states(place)[-1:]
+            while process.is_alive() and states(place)[-1:] == before:
                 time.sleep(0.001)
             time.sleep(draws.uniform(0, 0.25))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
-        torn += bool(list(Path("cut").glob("*/state_*.part")))
-    assert killed == 20
+        torn += bool(list(Path(place).glob("*/state_*.part")))
+        if process.exitcode == 0:
+            runs += 1
     assert torn >= 3
-    assert finish(launch, "--save_dir=cut", "--resume") == 0
-    assert outcome(the_run(Path("cut"))) == outcome(whole)
-    assert not list(Path("cut").glob("*/state_*")), "a complete run needs no state"
+    assert finish(launch, f"--save_dir={place}", "--resume") == 0
+    for number in range(1, runs + 1):
+        folder = the_run(Path(f"cut{number}"))
+        assert outcome(folder) == outcome(whole)
+        assert not list(folder.glob("state_*")), "a complete run needs no state"
 
 
 def states(place: str) -> list[str]:
