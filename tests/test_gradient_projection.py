@@ -41,7 +41,7 @@ def test_by_hand(model: nn.Linear, natural: list[float], adversarial: list[float
     torch.testing.assert_close(model.bias, start.bias)  # a layer of its own, which did not move
 
 
-def test_statistics_are_the_adversarial_halfs() -> None:
+def test_statistics_are_the_adversarial_halves() -> None:
     model = nn.BatchNorm1d(2)
     projection = GradientProjection(model, torch.optim.SGD(model.parameters(), lr=0.1))
     projection.begin()
