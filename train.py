@@ -375,7 +375,8 @@ def resolve(args: Namespace, parser: Parser) -> None:
     args.multinorm = args.multinorm or "eat"
     args.l_norms = args.l_norms or (list(NORMS) if args.multinorm in ALL_NORMS else ["Linf", "L1"])
     args.l_iters = args.l_iters or [
-        args.at_iter or (10 if not big else 15 if norm == "L1" else 5) for norm in args.l_norms
+        args.at_iter or (10 if not big or args.multinorm == "msd" else 15 if norm == "L1" else 5)
+        for norm in args.l_norms
     ]
     args.at_iter = args.at_iter or 10
     args.trades_beta = args.trades_beta or (6.0 if args.loss == "trades" else None)
