@@ -1,12 +1,14 @@
-"""Data sets: images as uint8, tensors in memory or files read by worker processes, made floats in [0, 1] batch by batch."""
+"""Data sets: images as uint8, tensors in memory or mapped, or files read by worker processes, made floats in [0, 1] batch by batch."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.arrays import is_npz, mapped, unpickled
 from utils.run import made_folder
 from utils.training import generator
 
@@ -99,13 +102,56 @@ class FolderSplit:
 
 
 @dataclass(frozen=True)
+class Extra(Split):
+    """Images of a file, mapped if it is an npz: a worker process that is not forked opens it again instead of being sent them."""
+
+    file: str
+
+    @property
+    def content(self) -> str:
+        """Their number and a digest of all labels and some 256 images: the same wherever, and in whichever format, they lie."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        digest.update(self.images[:: max(1, len(self) // 256)].numpy().tobytes())
+        return f"{len(self)} images {digest.hexdigest()[:16]}"
+
+    def first(self, n: int) -> Split:
+        """The first n points, no longer told by the file alone."""
+        return Split(self.images[:n], self.labels[:n], self.levels, self.padding, self.flip)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened_again, (self.file, self.levels, self.padding, self.flip)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Batches of so many standard and so many extra images each. `len` is an epoch's points: one pass over the standard images."""
+
+    standard: Split
+    extra: Extra
+    each: tuple[int, int]
+
+    def __len__(self) -> int:
+        batches, left = divmod(len(self.standard), self.each[0])
+        return len(self.standard) + batches * self.each[1] + self.beside(left)
+
+    def beside(self, standard: int) -> int:
+        """How many extra images a batch of so many standard ones has: in the same proportion, at least one."""
+        return max(1, round(standard * self.each[1] / self.each[0])) if standard else 0
+
+    @property
+    def levels(self) -> int:
+        return self.standard.levels
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """A training and a test split of images of one shape, with a label for each of the class names."""
+    """A training and a test split of images of one shape, with a label for each of the class names; perhaps more to train on."""
 
     name: str
     train: Split | FolderSplit
     test: Split | FolderSplit
     class_names: tuple[str, ...]
+    extra: Extra | None = None
 
     @property
     def num_classes(self) -> int:
@@ -133,8 +179,50 @@ def load_dataset(name: str, data_dir: str, image_size: int = 224, prepare: Chang
     raise ValueError(f"unknown data set {name!r}; choose {' or '.join(DATASETS)}")
 
 
+def load_extra(file: str, data: Dataset) -> Extra:
+    """More training images for a data set: an npz with `image` and `label`, uncompressed, or Carmon et al.'s pickle (in memory).
+
+    Raises ValueError if they are not such images and labels as the data set has; OSError.
+    """
+    train = data.train
+    if isinstance(train, FolderSplit):
+        raise ValueError(f"{data.name} takes no extra images; cifar10, cifar100 and digits do")
+    images, labels = _extra_arrays(file)
+    channels, height, width = data.shape
+    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
+        raise ValueError(
+            f"{file} has images of {images.dtype} and shape {images.shape}, "
+            f"those of {data.name} are uint8 and (N, {height}, {width}, {channels})"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{file} has labels of {labels.dtype} and shape {labels.shape}, "
+            f"{len(images)} images need integers and ({len(images)},)"
+        )
+    if not len(images):
+        raise ValueError(f"{file} has no images")
+    if labels.min() < 0 or labels.max() >= data.num_classes:
+        raise ValueError(
+            f"{file} has labels from {labels.min()} to {labels.max()}, those of {data.name} go from 0 to {data.num_classes - 1}"
+        )
+    if train.levels < 255 and images.max() > train.levels:
+        raise ValueError(f"{file} has pixels up to {images.max()}, those of {data.name} go up to {train.levels}")
+    return Extra(*_as_tensors(images, labels), train.levels, train.padding, train.flip, file)
+
+
+def mix(
+    split: Split | FolderSplit, extra: Extra | None, batch_size: int, fraction: float
+) -> Split | FolderSplit | Mixed:
+    """Batches of which the share `fraction` (rounded, but neither none nor all) is extra; the split itself if there is no extra."""
+    if extra is None:
+        return split
+    assert isinstance(split, Split), "load_extra gives none for files"
+    number = min(max(round(batch_size * fraction), 1), batch_size - 1)
+    return Mixed(split, extra, (batch_size - number, number))
+
+
 def batches(
-    split: Split | FolderSplit,
+    split: Split | FolderSplit | Mixed,
     batch_size: int,
     seed: int,
     epoch: int,
@@ -148,12 +236,16 @@ def batches(
     From batch number `first` on; of each the part of process `share` = (rank, number of processes), as torch.tensor_split makes it.
     Tensors are cut where they are, which costs no copy if that is the device; else by a worker process, a batch ahead. Files are
     read by `workers` processes (left out: one per core, at most 8), or in this one if 0. Raises ValueError for a broken file.
-    The last batch may be smaller, see `number_of_batches`.
+    The last batch may be smaller, see `number_of_batches`. Of a mixed split both kinds are cut in memory, and each part of
+    a batch, also as torch.tensor_split makes it, has them in proportion.
     """
-    cuts: _Cuts | _Reads
+    cuts: _Cuts | _Reads | _Mixes
     if isinstance(split, FolderSplit):
         cuts = _Reads(split, batch_size, (seed, epoch), share)
         workers = min(8, _cores()) if workers is None else workers
+    elif isinstance(split, Mixed):
+        cuts = _Mixes(split, (seed, epoch), share)
+        workers = int(device.type != "cpu")
     else:
         cuts = _Cuts(split, batch_size, generator(seed, epoch), share)
         workers = int(split.images.device.type != device.type)
@@ -170,9 +262,9 @@ def number_of_batches(n: int, batch_size: int, number: int = 1) -> int:
     return n // batch_size + (n % batch_size >= 2 * number or (n == number == 1 < batch_size))
 
 
-def on_device(split: Split | FolderSplit, device: torch.device) -> Split | FolderSplit:
-    """The split on the device, or as it is where it is of files, or the device a GPU with less than twice the room."""
-    if isinstance(split, FolderSplit):
+def on_device(split: Split | FolderSplit | Mixed, device: torch.device) -> Split | FolderSplit | Mixed:
+    """The split on the device, or as it is where it is of files or mixed, or the device a GPU with less than twice the room."""
+    if not isinstance(split, Split):
         return split
     if device.type == "cuda" and 2 * split.images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return split
@@ -182,9 +274,9 @@ def on_device(split: Split | FolderSplit, device: torch.device) -> Split | Folde
 class _Parts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """A process' parts of an epoch's batches, by number: which places in the epoch's order are whose."""
 
-    def __init__(self, n: int, batch_size: int, share: tuple[int, int], draws: torch.Generator) -> None:
-        self.batch_size, self.share, self.number = batch_size, share, number_of_batches(n, batch_size, share[1])
-        self.order = torch.randperm(n, generator=draws)
+    def __init__(self, n: int, batch_size: int, share: tuple[int, int]) -> None:
+        self.n, self.batch_size, self.share = n, batch_size, share
+        self.number = number_of_batches(n, batch_size, share[1])
 
     def __len__(self) -> int:
         return self.number
@@ -192,23 +284,37 @@ class _Parts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def places(self, number: int) -> slice:
         rank, processes = self.share
         start = number * self.batch_size
-        each, more = divmod(min(self.batch_size, len(self.order) - start), processes)
+        each, more = divmod(min(self.batch_size, self.n - start), processes)
         start += rank * each + min(rank, more)
         return slice(start, start + each + (rank < more))
 
 
 class _Cuts(_Parts):
-    """Batches cut from tensors, uint8. All random choices are drawn at once, so that cutting waits for nothing."""
+    """Batches cut from tensors, uint8. All random choices are drawn at once, so that cutting waits for nothing.
 
-    def __init__(self, split: Split, batch_size: int, draws: torch.Generator, share: tuple[int, int] = (0, 1)) -> None:
-        n, device = len(split), split.images.device
-        super().__init__(n, batch_size, share, draws)
-        self.split, self.order = split, self.order.to(device)
+    order: the epoch's points (a random one of all).
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        draws: torch.Generator,
+        share: tuple[int, int] = (0, 1),
+        order: Tensor | None = None,
+    ) -> None:
+        order = torch.randperm(len(split), generator=draws) if order is None else order
+        n, device = len(order), split.images.device
+        super().__init__(n, batch_size, share)
+        self.split, self.order = split, order.to(device)
         self.shift = torch.randint(0, 2 * split.padding + 1, (2, n, 1), generator=draws).to(device)
         self.mirrored = (torch.rand(n, 1, generator=draws) < 0.5).to(device) if split.flip else None
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        places = self.places(number)
+        return self.cut(self.places(number))
+
+    def cut(self, places: slice) -> tuple[Tensor, Tensor]:
+        """The images at these places of the order, and their labels."""
         chosen = self.order[places]
         mirrored = None if self.mirrored is None else self.mirrored[places]
         images = _augment(self.split.images[chosen], self.split.padding, self.shift[:, places], mirrored)
@@ -221,8 +327,8 @@ class _Reads(_Parts):
     def __init__(self, split: FolderSplit, batch_size: int, key: tuple[int, int], share: tuple[int, int]) -> None:
         from torchvision.transforms import v2
 
-        super().__init__(len(split), batch_size, share, generator(*key))
-        self.split, self.key = split, key
+        super().__init__(len(split), batch_size, share)
+        self.split, self.key, self.order = split, key, torch.randperm(len(split), generator=generator(*key))
         self.augment = v2.Compose([v2.RandomResizedCrop(split.size), v2.RandomHorizontalFlip()])
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
@@ -233,6 +339,43 @@ class _Reads(_Parts):
                 torch.default_generator.manual_seed(generator(*self.key, point).initial_seed())
                 images[row] = _read(self.split.files[point], self.augment)
         return images, self.split.labels[chosen]
+
+
+class _Mixes(_Parts):
+    """Standard and extra images cut from tensors and spread evenly over each batch, uint8."""
+
+    def __init__(self, split: Mixed, key: tuple[int, int], share: tuple[int, int]) -> None:
+        standard, extra = split.each
+        super().__init__(len(split), standard + extra, share)
+        self.split = split
+        order = _continued(len(split.extra), len(split) - len(split.standard), *key)
+        # The standard images' order and crops are those of batches that hold nothing else.
+        self.standard = _Cuts(split.standard, standard, generator(*key))
+        self.extra = _Cuts(split.extra, extra, generator(*key, 0, 1), order=order)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        begin, places = number * self.batch_size, self.places(number)
+        standard, extra = self.split.each
+        size = min(standard, len(self.split.standard) - number * standard)
+        beside = self.split.beside(size)
+        within = torch.arange(places.start - begin, places.stop - begin + 1)
+        # How many of the epoch's extra images come before each place: one more behind each that is extra.
+        before = number * extra + within * beside // (size + beside)
+        first, last = int(before[0]), int(before[-1])
+        kinds = self.standard.cut(slice(places.start - first, places.stop - last)), self.extra.cut(slice(first, last))
+        spread = before.diff().argsort(stable=True).argsort()
+        images, labels = (torch.cat(parts).index_select(0, spread) for parts in zip(*kinds, strict=True))
+        return images, labels
+
+
+def _continued(n: int, length: int, seed: int, epoch: int) -> Tensor:
+    """An epoch's `length` numbers below n: all n in a random order, then in another, begun where the epoch before ended."""
+    begin = epoch * length
+    turns = range(begin // n, -(-(begin + length) // n))
+    orders = (torch.randperm(n, generator=generator(seed, turn, 0, 0)) for turn in turns)
+    return torch.cat(
+        [order[max(begin - turn * n, 0) : begin + length - turn * n] for turn, order in zip(turns, orders, strict=True)]
+    )
 
 
 def _from_workers(cuts: _Parts, numbers: range, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -302,6 +445,24 @@ def _augment(images: Tensor, padding: int, shift: Tensor, mirrored: Tensor | Non
     # clone, not contiguous(): with one channel the latter keeps strides that read as channels-last, where oneDNN's
     # gradient of narrow convolutions corrupts memory (docs/LOG.md).
     return cut.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _extra_arrays(file: str) -> list[np.ndarray]:
+    """Images and labels as they lie in a file."""
+    path = Path(file)
+    return mapped(path, "image", "label") if is_npz(path) else unpickled(path, "data", "extrapolated_targets")
+
+
+def _as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) where they lie, of (N, H, W, C); labels (N,) int64 in memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes on them
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+
+
+def _opened_again(file: str, levels: int, padding: int, flip: bool) -> Extra:
+    images, labels = _extra_arrays(file)
+    return Extra(*_as_tensors(images, labels), levels, padding, flip, file)
 
 
 def _digits() -> Dataset:

@@ -20,6 +20,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,18 @@ from attacks.standard import evaluate
 from attacks.threat import NORMS, RADII, threats_for
 from attacks.work import Budget
 from attacks.work import Points as TestPoints
-from data import DATASETS, Dataset, FolderSplit, Split, batches, load_dataset, number_of_batches, on_device
+from data import (
+    DATASETS,
+    Dataset,
+    FolderSplit,
+    Split,
+    batches,
+    load_dataset,
+    load_extra,
+    mix,
+    number_of_batches,
+    on_device,
+)
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS
 from models.pretrained import check_fits, check_one_point, load_model, rebuild
@@ -148,6 +160,17 @@ def make_parser() -> Parser:
     )
     add_flag(points, "--workers", type=positive_int, help="processes that read image files (8, or the cores if fewer)")
     add_flag(points, "--n_ex_train", type=positive_int, help="train on the first so many points (all)")
+    add_flag(
+        points,
+        "--extra_data",
+        help="file of more training images for each batch: uncompressed npz with image and label, or Carmon et al.'s pickle (none)",
+    )
+    add_flag(
+        points,
+        "--extra_fraction",
+        type=share_of_one,
+        help="share of each batch that they are; an epoch remains one pass over the data set's own (0.5)",
+    )
     add_flag(
         points, "--batch_size", type=positive_int, default=128, help="points an update, of all processes (%(default)s)"
     )
@@ -445,6 +468,7 @@ def load(
     size = args.image_size or about.get("image_size")
     with parser.blame("--data_dir"):
         data = load_dataset(args.dataset, args.data_dir, size or 224, published_preparation(spec, size))
+    data = with_extra(args, parser, data)
     of_files = isinstance(data.train, FolderSplit)
     if args.image_size and not of_files:
         parser.error(f"argument --image_size: the images of {args.dataset} have one size, leave this flag out")
@@ -471,6 +495,20 @@ def load(
         with parser.blame("--batch_size" if args.batch_size == 1 else "--n_ex_train"):
             check_one_point(model, data.shape)
     return data, model, spec
+
+
+def with_extra(args: Namespace, parser: Parser, data: Dataset) -> Dataset:
+    """The data set, with the images of --extra_data if there are any; usage errors for what does not fit together."""
+    if not args.extra_data:
+        if args.extra_fraction:
+            parser.error("argument --extra_fraction: name the file of extra images with --extra_data")
+        return data
+    if args.batch_size == 1:
+        parser.error("argument --batch_size: with --extra_data a batch has two points or more, one of each kind")
+    with parser.blame("--extra_data"):
+        extra = load_extra(args.extra_data, data)
+    args.extra_fraction, args.extra_content = args.extra_fraction or 0.5, extra.content
+    return replace(data, extra=extra)
 
 
 def check_parts(args: Namespace, parser: Parser, number: int) -> None:
@@ -504,7 +542,8 @@ class Run:
         self.scheme = scheme_of(args)
         self.threats = self.scheme.threats
         self.natural = Scheme(self.threats)
-        self.train = on_device(data.train.first(args.n_ex_train), device)
+        train = mix(data.train.first(args.n_ex_train), data.extra, args.batch_size, args.extra_fraction)
+        self.train = on_device(train, device)
         self.steps = number_of_batches(len(self.train), args.batch_size, share[1])
         self.lr_at = lr_schedule(args.lr_schedule, args.lr_max)
         self.optimizer = sgd(args, self.model, device)
@@ -761,7 +800,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def open_folder(args: Namespace, before: Before | None, epochs: int, env: dict[str, Any], held: ExitStack) -> Path:
     """A new folder with what was asked, or that of the run before, cut back to so many epochs. Raises ValueError or OSError."""
     if before:
-        check_same(before.folder, vars(args), FREE)
+        check_same(before.folder, vars(args), FREE | {"extra_data"})  # a file may move, extra_content knows it
         cut_metrics(before.folder / "metrics.jsonl", epochs)
         if other := note_resumed(before.folder, env):
             print(f"the run was started with another {', '.join(other)}: weights may differ from an undisturbed run's")
