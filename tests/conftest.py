@@ -56,9 +56,9 @@ def network(trained: nn.Module) -> nn.Module:
     return InFloat64(copy.deepcopy(trained)).eval()
 
 
-# Processes are forked from one that has imported PyTorch already.
+# Processes are forked from one that has imported what takes seconds: PyTorch, and its compiler, which an optimizer asks for.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "sklearn.datasets"])
+SERVER.set_forkserver_preload(["train", "torch._dynamo", "sklearn.datasets"])
 BEGIN = """
 import os, sys, train
 os.environ.update(environment)
