@@ -142,7 +142,10 @@ class Ramp(Average):
         self.weight = weight
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Images that are wrong under q have no KL, the others len(y) / their number times it, so that the mean is over them."""
+        """Images that are wrong under q have no KL, the others len(y) / their number times it, so that the mean is over them.
+
+        It is over this part of a batch: a process' share, or a piece of it.
+        """
         q, r = logits
         right = (q.argmax(1) == y).float()
         return _cross_entropies(logits, y).amax(0) + self.weight * right * _kl(q, r) * (

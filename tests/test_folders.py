@@ -314,7 +314,7 @@ def test_fine_tuning_on_a_folder_is_killed_and_goes_on(command: list[str], folde
     flags = ["--dataset=imagenet", *command[1:], f"--image_size={SIZE}", "--finetune_model", "--attack=apgd"]
     flags += ["--batch_size=2", "--workers=2", "--save_every=0.00001", "--threads=1", "--eval_freq=1", "--n_ex_eval=3"]
     processes = [launch(*flags, f"--save_dir={name}") for name in ("whole", "cut")]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not list(Path("cut").glob("*/state_0000_000004-*.pth")):
         assert time.monotonic() < deadline
         time.sleep(0.001)
