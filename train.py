@@ -31,12 +31,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attacks.apgd import Model
-from attacks.multinorm import ALL_NORMS, SCHEMES, Points, Scheme, make_scheme
+from attacks.multinorm import ALL_NORMS, SCHEMES, Scheme, Views, make_scheme
 from attacks.results import Evaluation, as_json, summarise
 from attacks.standard import evaluate
 from attacks.threat import NORMS, RADII, threats_for
-from attacks.work import Budget
-from attacks.work import Points as TestPoints
+from attacks.work import Budget, Points
 from data import (
     DATASETS,
     Dataset,
@@ -680,7 +679,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     scheme: Scheme,
-    pieces: Sequence[tuple[Points, Tensor]],
+    pieces: Sequence[tuple[Views, Tensor]],
     weight: float | None = None,
     grad_clip: float | None = None,
     hold: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
@@ -900,7 +899,7 @@ def final_figures(run: Run, model: nn.Module, name: str) -> None:
 def attacked(run: Run, model: nn.Module, split: Split | FolderSplit, budget: Budget, folder: Path | None) -> Evaluation:
     """An evaluation in the three norms with the radii of --eval_eps, its points shared out over the processes."""
     args, read = run.args, split.in_memory()
-    points = TestPoints(read.images, read.labels, read.levels)
+    points = Points(read.images, read.labels, read.levels)
     threats = threats_for(args.dataset, NORMS, args.eval_eps)
     with full_precision(), eval_mode(model), frozen(model), run.signals.at_once():
         return evaluate(model, points, threats, run.device, budget, args.batch_size_eval, args.seed, folder, run.share)

@@ -64,7 +64,7 @@ def apgd(
         value, grad, wrong = judge(model, x_new, y, loss, with_grad=tick + 1 < run.ticks)
         if tick >= run.counts_from:
             broken = broken | wrong
-            x_adv = torch.where(_rows(wrong, x), x_new, x_adv)
+            x_adv = torch.where(as_rows(wrong, x), x_new, x_adv)
         run.observe(rows, value, grad)
         if tick + 1 < run.ticks:
             run.move(rows)
@@ -157,23 +157,23 @@ class APGD:
         rose = (value > rows.value) & ~starts
         better = (value > rows.best_value) | starts
         rows.best_value = torch.where(better, value, rows.best_value)
-        rows.best_delta = torch.where(_rows(better, grad), rows.delta, rows.best_delta)
-        rows.best_grad = torch.where(_rows(better, grad), grad, rows.best_grad)
+        rows.best_delta = torch.where(as_rows(better, grad), rows.delta, rows.best_delta)
+        rows.best_grad = torch.where(as_rows(better, grad), grad, rows.best_grad)
         back = self.controller.adapt(rows, rose, starts, self.interval[rows.tick], self.eps[rows.tick])
-        rows.delta = torch.where(_rows(back, grad), rows.best_delta, rows.delta)
-        rows.grad = torch.where(_rows(back, grad), rows.best_grad, grad)
+        rows.delta = torch.where(as_rows(back, grad), rows.best_delta, rows.delta)
+        rows.grad = torch.where(as_rows(back, grad), rows.best_grad, grad)
         rows.value = torch.where(back, rows.best_value, value)
         rows.tick = rows.tick + 1
 
     def move(self, rows: Rows) -> None:
         """To the point that the network judges next: a step on, or the start of the next stage."""
         eps, starts = self.eps[rows.tick], self.starts[rows.tick]
-        step = rows.delta + _rows(rows.step, rows.x) * self.controller.direction(rows)
-        new = project(torch.where(_rows(starts, rows.x), rows.best_delta, step), rows.x, self.norm, eps)
+        step = rows.delta + as_rows(rows.step, rows.x) * self.controller.direction(rows)
+        new = project(torch.where(as_rows(starts, rows.x), rows.best_delta, step), rows.x, self.norm, eps)
         if self.controller.momentum:
             # 0.75 (new - delta) + 0.25 (delta - previous) from delta; in a stage's first step, with no step before, new alone.
             alone = starts | self.starts[rows.tick - 1]
-            share = _rows(torch.where(alone, 0, 0.25).to(new.dtype), new)
+            share = as_rows(torch.where(alone, 0, 0.25).to(new.dtype), new)
             blend = torch.lerp(new, 2 * rows.delta - rows.previous, share)
             new = project(blend, rows.x, self.norm, eps)
         rows.previous, rows.delta = rows.delta, new
@@ -271,8 +271,8 @@ def steepest(grad: Tensor, norm: Norm, keep: Tensor | None = None) -> Tensor:
         return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view(grad.shape)
     tiny = torch.finfo(grad.dtype).tiny
     # Scaled first: the squares of a saturated network's gradients underflow.
-    scaled = grad / _rows(grad.flatten(1).abs().amax(1).clamp(min=tiny), grad)
-    return scaled / _rows(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
+    scaled = grad / as_rows(grad.flatten(1).abs().amax(1).clamp(min=tiny), grad)
+    return scaled / as_rows(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
 
 
 def kth_largest(size: Tensor, k: Tensor) -> Tensor:
@@ -291,6 +291,6 @@ def kth_largest(size: Tensor, k: Tensor) -> Tensor:
     return found.view(size.dtype)
 
 
-def _rows(per_example: Tensor, like: Tensor) -> Tensor:
+def as_rows(per_example: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ..., 1), to meet `like` (B, ...)."""
     return per_example.view(-1, *[1] * (like.dim() - 1))

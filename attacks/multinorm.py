@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.apgd import Model, apgd
+from attacks.apgd import Model, apgd, as_rows
 from attacks.losses import cross_entropy
 from attacks.msd import msd
 from attacks.threat import Threat
@@ -35,16 +35,16 @@ ALL_NORMS = ("sat", "avg", "max", "msd")  # as published: with L2 too
 
 
 @dataclass(frozen=True)
-class Points:
+class Views:
     """What an update sees of B images: V views of each, and for each view whose ball it is in (number of threats: the clean image)."""
 
     x: Tensor  # (V, B, C, H, W)
     threat: Tensor  # (V, B) int64
 
 
-def clean_points(x: Tensor, clean: int) -> Points:
+def clean_views(x: Tensor, clean: int) -> Views:
     """The images (B, C, H, W) themselves, as threat number `clean`."""
-    return Points(x[None], torch.full((1, len(x)), clean, device=x.device))
+    return Views(x[None], torch.full((1, len(x)), clean, device=x.device))
 
 
 class Scheme:
@@ -59,9 +59,9 @@ class Scheme:
         """For each of a batch's n images, of all processes, the threat that is drawn for it: (n,) int64 on the CPU."""
         return torch.zeros(n, dtype=torch.int64)
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Points:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
         """The views of x (B, C, H, W), y (B,), of which drawn (B,) is what `draw` said. The model is in eval mode."""
-        return clean_points(x, len(self.threats))
+        return clean_views(x, len(self.threats))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Each image's loss (B,) of the logits (V, B, K) at its views. An update descends on its mean."""
@@ -83,7 +83,7 @@ class Drawn(Scheme):
         drawn = torch.multinomial(torch.tensor(chances), n if self.each else 1, replacement=True, generator=generator)
         return drawn.expand(n)
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Points:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
         """Attacked in parts, one for each threat that was drawn."""
         there = sorted(set(drawn.tolist()))
         if len(there) == 1:
@@ -93,15 +93,15 @@ class Drawn(Scheme):
             places = [part.to(x.device, non_blocking=True) for part in parts]
             found = [self.attacks[i](model, x[part], y[part]).x_best for i, part in zip(there, places, strict=True)]
             x_adv = torch.empty_like(x).index_copy_(0, torch.cat(places), torch.cat(found))
-        return Points(x_adv[None], drawn.to(x.device, non_blocking=True)[None])
+        return Views(x_adv[None], drawn.to(x.device, non_blocking=True)[None])
 
 
 class Average(Scheme):
     """AVG: the mean of the losses at the points of all threats (Tramèr & Boneh, NeurIPS 2019)."""
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Points:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
         found = torch.stack([attack(model, x, y).x_best for attack in self.attacks])
-        return Points(found, torch.arange(len(found), device=x.device)[:, None].expand(-1, len(x)))
+        return Views(found, torch.arange(len(found), device=x.device)[:, None].expand(-1, len(x)))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         return _cross_entropies(logits, y).mean(0)
@@ -110,13 +110,13 @@ class Average(Scheme):
 class Maximum(Scheme):
     """MAX: of each image the point of highest loss over the threats (Tramèr & Boneh, NeurIPS 2019), as the attacks found it."""
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Points:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
         found = [attack(model, x, y) for attack in self.attacks]
         worst = torch.stack([each.loss for each in found]).argmax(0)
         x_adv = found[0].x_best
         for index, each in enumerate(found):
-            x_adv = torch.where((worst == index).view(-1, *[1] * (x.dim() - 1)), each.x_best, x_adv)
-        return Points(x_adv[None], worst[None])
+            x_adv = torch.where(as_rows(worst == index, x), each.x_best, x_adv)
+        return Views(x_adv[None], worst[None])
 
 
 class SteepestDescent(Scheme):
@@ -126,9 +126,9 @@ class SteepestDescent(Scheme):
         super().__init__(threats, n_iters)
         self.n_iter = n_iters[0]
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Points:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
         x_adv, threat = msd(model, x, y, self.threats, self.n_iter)
-        return Points(x_adv[None], threat[None])
+        return Views(x_adv[None], threat[None])
 
 
 class Ramp(Average):
@@ -163,9 +163,9 @@ class Trades(Scheme):
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         return self.scheme.draw(n, generator)
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Points:
-        parts = clean_points(x, len(self.threats)), self.scheme.points(model, x, y, drawn)
-        return Points(torch.cat([part.x for part in parts]), torch.cat([part.threat for part in parts]))
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
+        parts = clean_views(x, len(self.threats)), self.scheme.points(model, x, y, drawn)
+        return Views(torch.cat([part.x for part in parts]), torch.cat([part.threat for part in parts]))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         clean, adversarial = logits

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywh
 
 import attacks.apgd as apgd_module
 import train
-from attacks.multinorm import Scheme, clean_points
+from attacks.multinorm import Scheme, clean_views
 from attacks.projections import project_l1
 from attacks.threat import NORMS, Norm, Threat, threats_for
 from benchmarks import libraries
@@ -116,7 +116,7 @@ def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
         else:
             with eval_mode(model), frozen(model):
                 x_adv = apgd_module.apgd(forward, x, y, threat, n_iter).x_best
-        train.update(forward, optimizer, scaler, standard, [(clean_points(x_adv, 0), y)])
+        train.update(forward, optimizer, scaler, standard, [(clean_views(x_adv, 0), y)])
 
     return update
 

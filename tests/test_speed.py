@@ -16,7 +16,7 @@ import models.preact_resnet as preact_resnet
 import train
 from attacks.apgd import apgd, judge
 from attacks.losses import cross_entropy
-from attacks.multinorm import SCHEMES, Scheme, clean_points, make_scheme
+from attacks.multinorm import SCHEMES, Scheme, clean_views, make_scheme
 from attacks.threat import NORMS, RADII, Norm, Threat
 from data import Split, batches, load_dataset
 from models import build_model
@@ -127,7 +127,7 @@ def test_attack_update_and_meter_run_on_meta(norm: Norm | None) -> None:
         with frozen(model):
             x = apgd(model.eval(), x, y, Threat(norm, 0.5), 3).x_best
         model.train()
-    halves = [(clean_points(part, 0), labels) for part, labels in zip(x.split(4), y.split(4), strict=True)]
+    halves = [(clean_views(part, 0), labels) for part, labels in zip(x.split(4), y.split(4), strict=True)]
     sums = train.update(model, optimizer, scaler, Scheme([]), halves, grad_clip=1)
     meter.observe(sums[1:].view(-1, 3), len(x), len(x))
     assert (sums.device, sums.shape, meter.sums.device) == (meta, (4,), meta)
@@ -139,7 +139,7 @@ def test_an_update_in_fp16_scales_its_gradients() -> None:
     x, y = load_dataset("digits", "").train.first(32).pixels()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=5, enabled=True)
-    batch = [(clean_points(x, 0), y)]
+    batch = [(clean_views(x, 0), y)]
     half = in_format(model, CPU, "fp16")
     losses = [float(train.update(half, optimizer, scaler, Scheme([]), batch)[0]) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
