@@ -1,18 +1,19 @@
 """Ways to train for several norms side by side: each with the same seeds, evaluated on the same points; a table and a picture.
 
-python benchmarks/compare_schemes.py digits-epochs                                             a study: one of STUDIES below
-python benchmarks/compare_schemes.py digits-epochs mine='--multinorm=ramp --ramp_lambda=1'     a scheme of one's own beside the study's
-python benchmarks/compare_schemes.py digits-epochs mine='--lr-max=0.2' --only=mine             it and the baseline alone
-python benchmarks/compare_schemes.py digits-epochs --seeds='0 1' --train=--epochs=3 --eval='--n_ex=50 --attacks=fast'      smaller
+python benchmarks/compare_schemes.py digits                                             a study: one of STUDIES below
+python benchmarks/compare_schemes.py digits mine='--multinorm=ramp --ramp_lambda=1'     a scheme of one's own beside the study's
+python benchmarks/compare_schemes.py digits mine='--lr-max=0.2' --only=mine             it and the baseline alone
+python benchmarks/compare_schemes.py digits --seeds='0 1' --train=--epochs=3 --eval='--n_ex=50 --attacks=fast'      smaller
 python benchmarks/compare_schemes.py cifar10-finetune --data_dir=DIR --train=--model_dir=DIR --jobs=1
 python benchmarks/compare_schemes.py my-study eat max --train='--dataset=digits --attack=apgd --epochs=5'     none of STUDIES
 
 A scheme is NAME='flags of train.py', which go behind the study's and --train's; NAME alone is one of SCHEMES below, else --multinorm=NAME.
+With --ema it is the averaged weights that are evaluated.
 What is finished is not done again: after any end, or with more schemes or seeds, the same command goes on. Other flags are other runs.
 A job that fails does not end the others; it is told at the end, and the exit code is 1.
 
 In SAVE_DIR/STUDY: runs/ (train.py's folders, with eval.py's in them), logs/, results.jsonl (a line for each scheme and seed that is
-finished), table.md, compare.png and compare.pdf, which are of the schemes and seeds asked for.
+finished), table.md, compare.png and compare.pdf (with --equal_cost: table-equal_cost.md, ...): of what was asked for.
 """
 
 from __future__ import annotations
@@ -65,29 +66,25 @@ class Study:
     evaluation: str = ""  # flags of eval.py
     schemes: str = ""
     seeds: tuple[int, ...] = (0,)
-    equal_cost: bool = False  # every scheme as many network passes as the baseline, instead of as many epochs
     start: str = ""  # flags of train.py for a network that is trained first, and that every scheme fine-tunes
 
 
 SCHEMES = {"trades": "--multinorm=eat --loss=trades"}  # others are --multinorm=NAME
 # --l_norms is left out: each has those of its paper, L2 among them or not. --train="--l_norms='Linf L1'" gives all the same.
 ALL = "eat eat-uniform eat-mixed sat avg max msd ramp trades"
-# Hours of one core are reckoned from single epochs (width 16) and README's figures (full width), AMD EPYC with AVX-512, 2026-11-25.
-DIGITS = Study(  # about 5 hours, 3 of them evaluations; at equal cost 4
-    train="--dataset=digits --width=16 --attack=apgd --epochs=20 --batch_size=64 "
-    "--lr-schedule=superconverge --lr-max=0.1",
-    evaluation="--n_ex=500",
-    schemes=ALL,
-    seeds=(0, 1, 2, 3, 4),
-)
 STUDIES = {
-    "digits-epochs": DIGITS,
-    "digits-cost": replace(DIGITS, equal_cost=True),
-    "cifar10-narrow": Study(  # about 6 hours
-        start="--dataset=cifar10 --width=16 --attack=apgd --l_norms=Linf --at_iter=3 --n_ex_train=20000 --epochs=10 "
-        "--lr-schedule=superconverge --amp=bf16",
-        train="--dataset=cifar10 --attack=apgd --n_ex_train=5000 --amp=bf16",
-        evaluation="--n_ex=200 --amp=bf16",
+    "digits": Study(
+        train="--dataset=digits --width=8 --attack=apgd --epochs=15 --batch_size=64 "
+        "--lr-schedule=superconverge --lr-max=0.1",
+        evaluation="--n_ex=500 --batch_size_eval=500",
+        schemes=ALL,
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "cifar10-narrow": Study(
+        start="--dataset=cifar10 --width=16 --attack=apgd --l_norms=Linf --at_iter=5 --n_ex_train=20000 --epochs=10 "
+        "--lr-schedule=superconverge --lr-max=0.1 --amp=bf16",
+        train="--dataset=cifar10 --attack=apgd --n_ex_train=3000 --amp=bf16",
+        evaluation="--n_ex=100 --amp=bf16",
         schemes=ALL,
         seeds=(0, 1, 2),
     ),
@@ -188,7 +185,9 @@ class Scripts:
     def finish(self, job: Job) -> Line:
         """Train, evaluate; the job's line of results.jsonl. Raises Failed."""
         run = self.trained([*job.train, f"--seed={job.seed}", f"--notes_run={job.scheme}"], "runs", job.name)
-        return summary(job, run, self.evaluated(run, job.evaluation, job.name)) | {"jobs": self.jobs}
+        result = self.evaluated(run, job.evaluation, job.name)
+        places = {"run": str(run.relative_to(self.folder)), "result": str(result.parent.relative_to(self.folder))}
+        return summary(job, run, result) | {"jobs": self.jobs} | places
 
     def all_of(self, works: Mapping[str, Callable[[], Result]], keep: Callable[[str, Result], None]) -> Failures:
         """Do them all, `keep` each result as it comes; what failed and why. Raises Interrupted when its processes have saved and ended."""
@@ -216,8 +215,9 @@ class Scripts:
 
 
 def checkpoint(run: Path) -> Path:
-    """Its last one, when it is complete."""
-    return run / f"ep_{read_json(run / 'config.json')['epochs']}.pth"
+    """Its last one, when it is complete; with --ema the averaged one."""
+    config = read_json(run / "config.json")
+    return run / f"ep_{config['epochs']}{'_ema' if config.get('ema') else ''}.pth"
 
 
 def summary(job: Job, run: Path, result: Path) -> Line:
@@ -241,8 +241,6 @@ def summary(job: Job, run: Path, result: Path) -> Line:
         "seconds_per_update": round(sum(record["seconds"] for record in records) / updates, 4),
         "threads": env["threads"],
         "device": env["device"],
-        "run": str(run),
-        "result": str(result.parent),
         "commit": env["commit"],
         "eval_commit": evaluation["environment"]["commit"],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -306,7 +304,8 @@ def make_parser() -> Parser:
         "--equal_cost",
         action="store_true",
         help="as many network passes as the baseline's epochs take, by an epoch of each that is measured first; "
-        "a scheme that gives --epochs keeps them (digits-cost: on)",
+        "a scheme that gives --epochs keeps them. Runs that cost the same anyway are shared with the same study without it "
+        "(off: as many epochs)",
     )
     add_flag(parser, "--jobs", type=positive_int, default=1, help="jobs at once, which share the cores (%(default)s)")
     add_flag(parser, "--data_dir", help="as for train.py and eval.py (theirs)")
@@ -330,7 +329,6 @@ def study_of(args: Namespace, parser: Parser) -> Study:
         train=f"{study.train} {args.train}",
         evaluation=f"{study.evaluation} {args.eval}",
         seeds=args.seeds or study.seeds,
-        equal_cost=study.equal_cost or args.equal_cost,
         start=f"{study.start} {args.start}".strip(),
     )
 
@@ -357,7 +355,7 @@ class Plan:
 
     def __init__(self, args: Namespace, parser: Parser) -> None:
         study = study_of(args, parser)
-        self.name, self.seeds, self.equal_cost = args.study, study.seeds, study.equal_cost
+        self.name, self.seeds, self.equal_cost = args.study, study.seeds, args.equal_cost
         with parser.blame("--train"):
             self.train = shlex.split(study.train)
         with parser.blame("--eval"):
@@ -438,7 +436,9 @@ def all_jobs(scripts: Scripts, plan: Plan) -> tuple[list[Job], Failures]:
     failures = {}
     if plan.equal_cost:
         epochs, failures = equal_epochs(scripts, plan, flags)
-        flags |= {name: [*flags[name], f"--epochs={number}"] for name, number in epochs.items()}
+        flags |= {
+            name: [*flags[name], f"--epochs={number}"] for name, number in epochs.items() if number != plan.epochs[name]
+        }
     jobs = [
         Job(name, seed, tuple(flags[name]), tuple(plan.evaluation))
         for seed in plan.seeds  # all schemes with the first seed, then with the next: they compare from then on
@@ -475,7 +475,7 @@ def report(plan: Plan, jobs: Sequence[Job], folder: Path) -> None:
         )
         missing = [name for name in plan.schemes if not any(job.scheme == name for job in jobs)]
         missing += [job.name for job in jobs if job not in found]
-        write_report(title, rows, plan.baseline, missing, folder)
+        write_report(title, rows, plan.baseline, missing, folder, "-equal_cost" if plan.equal_cost else "")
     else:
         print(f"nothing is finished in {folder}")
 

@@ -172,9 +172,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def write_report(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str], folder: Path) -> None:
-    """table.md, compare.png and compare.pdf."""
-    paths = [folder / name for name in ("table.md", "compare.png", "compare.pdf")]
+def write_report(
+    title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str], folder: Path, mark: str = ""
+) -> None:
+    """table.md, compare.png and compare.pdf, `mark` before the dots."""
+    paths = [folder / name for name in (f"table{mark}.md", f"compare{mark}.png", f"compare{mark}.pdf")]
     text = table(title, rows, baseline, missing)
     paths[0].write_text(text)
     with matplotlib.style.context(["default", STYLE]):

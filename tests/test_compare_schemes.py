@@ -28,6 +28,7 @@ steps, epochs = int(flags.get("at_iter", 10)), int(flags["epochs"])
 run = Path(flags["save_dir"]) / f"run-{time.time_ns()}"
 run.mkdir(parents=True)
 config = {"dataset": "digits", "epochs": epochs, "seed": int(flags.get("seed", 0)), "n_ex_train": 130, "batch_size": 64, "l_norms": ["L1"]}
+config["ema"] = float(flags["ema"]) if "ema" in flags else None
 config |= {"scheme": flags.get("notes_run", "")}
 env = {"command": ["train.py", *sys.argv[1:]], "commit": "c" * 40, "device": "cpu", "threads": int(os.environ["OMP_NUM_THREADS"])}
 passes = {"forward": steps + 2, "backward": steps + 1}
@@ -37,6 +38,8 @@ for epoch in range(epochs):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": epoch + 1, "passes": passes, "seconds": 1.5}) + "\\n")
 (run / f"ep_{epochs}.pth").touch()
+if config["ema"]:
+    (run / f"ep_{epochs}_ema.pth").touch()
 """
 EVAL = """
 import json, sys
@@ -198,7 +201,19 @@ def test_equal_cost_scales_the_epochs_by_measured_passes() -> None:
     assert calls() == []
     compare_schemes.main([*OWN, "--equal_cost", "--seeds=0", "huge=--at_iter=500", "--only=huge"])
     assert results(folder)[-1]["epochs"] == 1
-    assert "at the cost of 4 epochs of eat" in (folder / "table.md").read_text()
+    assert "at the cost of 4 epochs of eat" in (folder / "table-equal_cost.md").read_text()
+    calls()
+    compare_schemes.main([*OWN, "--seeds=0"])
+    assert scripts_of(calls()) == ["train", "eval"]  # mine; eat is the run that it was at equal cost
+
+
+@pytest.mark.usefixtures("stubs")
+def test_with_ema_the_averaged_weights_are_evaluated() -> None:
+    compare_schemes.main([*OWN, "averaged=--ema=0.9", "--only=averaged", "--seeds=0"])
+    assert [line.split("--model_name=")[1].split()[0].rpartition("/")[2] for line in calls() if line[0] == "e"] == [
+        "ep_4.pth",
+        "ep_4_ema.pth",
+    ]
 
 
 @pytest.mark.usefixtures("stubs")
@@ -223,9 +238,9 @@ def test_the_scripts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert (line["epochs"], line["updates"], line["points"]) == (1, 1, 8)
     assert line["passes"] == {"forward": 10, "backward": 7}  # three attacks of two steps, the update; README
     assert line["setting"] == "digits: Linf 0.1, L2 0.4, L1 2"
-    evaluation = json.loads((Path(line["result"]) / "eval.json").read_text())
+    evaluation = json.loads((folder / line["result"] / "eval.json").read_text())
     assert line["accuracy"]["union"] == evaluation["accuracy"]["union"]["accuracy"]
-    assert evaluation["settings"]["model_name"] == f"{line['run']}/ep_1.pth"
+    assert evaluation["settings"]["model_name"] == f"{folder / line['run']}/ep_1.pth"
     assert {path.name for path in folder.iterdir()} >= {"table.md", "compare.png", "compare.pdf", "runs", "logs"}
     assert capsys.readouterr().out.count("max_seed0: clean") == 1
 
@@ -257,7 +272,7 @@ def test_the_picture_shows_means_deviations_and_names() -> None:
 
 
 ERRORS = [
-    (["digit-epochs", "max"], "STUDY", "digits-epochs"),
+    (["digit-epochs", "max"], "STUDY", "digits"),
     (["own", "--train=--dataset=digits"], "STUDY", "schemes"),
     ([*OWN, "a b=--act=relu"], "SCHEME", "letters"),
     ([*OWN, "a=--act='relu"], "SCHEME a", "quotation"),
@@ -293,4 +308,4 @@ def test_train_and_eval_take_the_flags_of_every_study(study: str, monkeypatch: p
     monkeypatch.setattr(compare_schemes, "all_jobs", found)
     compare_schemes.main([study, "--report_only"])
     assert planned[0].baseline == "eat"
-    assert max(planned[0].epochs.values()) == (20 if "digits" in study else 3)
+    assert max(planned[0].epochs.values()) == (15 if study == "digits" else 3)
