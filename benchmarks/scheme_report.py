@@ -127,11 +127,12 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
     elif len(rows) > 1:
         text += ["Paired differences over the same seeds, in points, mean ± standard error over the seeds:", ""]
         text += [*differences_table(rows, named[baseline]), ""]
-    text += [f"`eval.py {shlex.join(lines[0]['eval'])}`; `train.py --seed=SEED` and", ""]
+    shared = [flag for flag in lines[0]["train"] if all(flag in line["train"] for line in lines)]
+    text += [f"`eval.py {shlex.join(lines[0]['eval'])}`; `train.py {shlex.join(shared)} --seed=SEED` and", ""]
     for row in rows:
         line = next(iter(row.lines.values()))
-        norms = f" ({' '.join(line['norms'])})" if "norms" in line else ""  # the first lines ever written lack them
-        text.append(f"* {row.scheme}{norms}: `{shlex.join(line['train'])}`")
+        own = shlex.join(flag for flag in line["train"] if flag not in shared)
+        text.append(f"* {row.scheme} ({' '.join(line['norms'])}): " + (f"`{own}`" if own else "nothing else"))
     text += ["", f"**Not finished**: {', '.join(missing)}."] if missing else []
     if warnings := [f"* {line['scheme']}, seed {line['seed']}: {w}" for line in lines for w in line["warnings"]]:
         text += ["", "**Warnings of eval.py**:", "", *warnings]
@@ -160,6 +161,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     settings = dict.fromkeys(line["setting"] for row in rows for line in row.lines.values())
     seeds = sorted({len(row.lines) for row in rows})
     told = f"mean and standard deviation of {' to '.join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))} seeds"
+    told = told if seeds != [1] else "one seed"
     figure.suptitle(f"{'; '.join(settings)}\n{told}", fontsize=9)
     figure.draw_without_rendering()  # from here on places in pixels are known
     for axes, across in panels.items():

@@ -119,7 +119,10 @@ def test_the_table_is_mean_deviation_and_paired_differences_of_two_schemes_and_t
     text = (folder / "table.md").read_text()
     assert "digits: Linf 0.1, L1 2" in text
     assert "first 8 test points" in text
-    assert "* mine (L1): `--dataset=digits --attack=apgd --epochs=4 --at_iter=20`" in text
+    assert (
+        "`train.py --dataset=digits --attack=apgd --epochs=4 --seed=SEED` and\n\n* eat (L1): nothing else\n* mine (L1): `--at_iter=20`"
+        in text
+    )
     assert "Not finished" not in text
 
 
