@@ -71,6 +71,29 @@ def apgd(
     return Attacked(x + rows.best_delta, x_adv, broken, rows.best_value)
 
 
+def apgd_each(
+    model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iters: Sequence[int], which: Tensor
+) -> Tensor:
+    """Points of highest loss (B, ...), that of image i in the ball of threats[which[i]], which (B,) int64, all in one pass a step.
+
+    The points are those of `apgd`. Every threat's run moves every image, which costs little, and the network sees the ones that count,
+    so that no shape depends on `which`. If n_iters differ, the passes are those of the longest run.
+    """
+    x = x.detach()
+    runs = [APGD(t.norm, [(t.eps, n)], TRAINING_SHARE, x.device) for t, n in zip(threats, n_iters, strict=True)]
+    all_rows = [run.begin(x) for run in runs]
+    last = max(n_iters)
+    for tick in range(last + 1):
+        x_new = x + choose([rows.delta for rows in all_rows], which)
+        value, grad, _ = judge(model, x_new, y, cross_entropy, with_grad=tick < last)
+        for run, rows in zip(runs, all_rows, strict=True):
+            if tick < run.ticks:
+                run.observe(rows, value, grad)
+            if tick + 1 < run.ticks:
+                run.move(rows)
+    return x + choose([rows.best_delta for rows in all_rows], which)
+
+
 def shrinking(eps: float, n_iter: int) -> Stages:
     """Three stages of radius 3, 2 and 1 eps with 30, 30 and 40 % of the steps: how L1 is evaluated (arXiv 2103.01208, section 4)."""
     first = int(0.3 * n_iter)
@@ -289,6 +312,14 @@ def kth_largest(size: Tensor, k: Tensor) -> Tensor:
         enough = torch.ge(size, more.view(size.dtype), out=chosen).sum(1, keepdim=True) >= k
         found = torch.where(enough, more, found)
     return found.view(size.dtype)
+
+
+def choose(options: Sequence[Tensor], which: Tensor) -> Tensor:
+    """Row i of options[which[i]], for all i: options (B, ...) each, which (B,) int64."""
+    chosen = options[0]
+    for index, option in enumerate(options):
+        chosen = torch.where(as_rows(which == index, option), option, chosen)
+    return chosen
 
 
 def as_rows(per_example: Tensor, like: Tensor) -> Tensor:

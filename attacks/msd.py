@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attacks.apgd import TRAINING_SHARE, Model, as_rows, judge, steepest
+from attacks.apgd import TRAINING_SHARE, Model, as_rows, choose, judge, steepest
 from attacks.losses import cross_entropy
 from attacks.projections import project
 from attacks.threat import Threat
@@ -31,8 +31,7 @@ def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: i
         last = step + 1 == n_iter
         values = torch.stack([judge(model, x + new, y, cross_entropy, with_grad=False)[0] for new in tried])
         value, chosen = values.max(0)
-        for index, new in enumerate(tried):
-            delta = torch.where(as_rows(chosen == index, x), new, delta)
+        delta = choose(tried, chosen)
         better = value > best_value
         best_value = torch.where(better, value, best_value)
         best = torch.where(as_rows(better, x), delta, best)

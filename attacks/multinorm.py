@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.apgd import Model, apgd, as_rows
+from attacks.apgd import Model, apgd, apgd_each, choose
 from attacks.losses import cross_entropy
 from attacks.msd import msd
 from attacks.threat import Threat
@@ -76,7 +76,7 @@ class Drawn(Scheme):
 
     def __init__(self, threats: Sequence[Threat], n_iters: Sequence[int], by_error: bool, each: bool) -> None:
         super().__init__(threats, n_iters)
-        self.by_error, self.each = by_error, each
+        self.n_iters, self.by_error, self.each = n_iters, by_error, each
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         chances = self.errors.chances() if self.by_error else [1.0] * len(self.threats)
@@ -84,16 +84,10 @@ class Drawn(Scheme):
         return drawn.expand(n)
 
     def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
-        """Attacked in parts, one for each threat that was drawn."""
-        there = sorted(set(drawn.tolist()))
-        if len(there) == 1:
-            x_adv = self.attacks[there[0]](model, x, y).x_best
-        else:
-            parts = [(drawn == index).nonzero()[:, 0] for index in there]
-            places = [part.to(x.device, non_blocking=True) for part in parts]
-            found = [self.attacks[i](model, x[part], y[part]).x_best for i, part in zip(there, places, strict=True)]
-            x_adv = torch.empty_like(x).index_copy_(0, torch.cat(places), torch.cat(found))
-        return Views(x_adv[None], drawn.to(x.device, non_blocking=True)[None])
+        which = drawn.to(x.device, non_blocking=True)
+        if self.each:
+            return Views(apgd_each(model, x, y, self.threats, self.n_iters, which)[None], which[None])
+        return Views(self.attacks[int(drawn[0])](model, x, y).x_best[None], which[None])
 
 
 class Average(Scheme):
@@ -113,10 +107,7 @@ class Maximum(Scheme):
     def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
         found = [attack(model, x, y) for attack in self.attacks]
         worst = torch.stack([each.loss for each in found]).argmax(0)
-        x_adv = found[0].x_best
-        for index, each in enumerate(found):
-            x_adv = torch.where(as_rows(worst == index, x), each.x_best, x_adv)
-        return Views(x_adv[None], worst[None])
+        return Views(choose([each.x_best for each in found], worst)[None], worst[None])
 
 
 class SteepestDescent(Scheme):

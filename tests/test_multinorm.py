@@ -223,13 +223,16 @@ def test_one_norm_for_a_batch(name: str, trained: nn.Module, digits: tuple[Tenso
     assert points.threat.tolist() == [[1] * 40]
 
 
-def test_eat_mixed_attacks_each_image_in_its_norm(network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("steps", [[3, 3, 3], [4, 1, 3]])
+def test_eat_mixed_attacks_each_image_in_its_norm(
+    network: nn.Module, digits: tuple[Tensor, Tensor], steps: list[int]
+) -> None:
     x, y = digits
     drawn = torch.arange(40) % 3
-    points = make_scheme("eat-mixed", THREATS, [3] * 3).points(network, x, y, drawn)
+    points = make_scheme("eat-mixed", THREATS, steps).points(network, x, y, drawn)
     assert points.threat.tolist() == [drawn.tolist()]
     for index, threat in enumerate(THREATS):
-        whole = apgd(network, x, y, threat, 3).x_best
+        whole = apgd(network, x, y, threat, steps[index]).x_best
         assert torch.equal(points.x[0, drawn == index], whole[drawn == index])
 
 
