@@ -208,6 +208,20 @@ def test_msd_keeps_to_a_ball_and_is_no_weaker_than_one_norm(trained: nn.Module, 
     assert float(losses(x_adv).mean()) > float(losses(msd(trained, x, y, threats[1:2], 6)[0]).mean())
 
 
+def test_msds_l1_step_is_along_few_entries_that_can_move() -> None:
+    """The largest gradients where the box is in the way, then larger and larger: the last of 64 moves, or 31 of 3,072."""
+    for entries, moved in ((64, 1), (3072, 31)):
+        x = torch.full((1, entries), 0.5, dtype=torch.float64)
+        x[:, :3] = 1
+        slope = torch.arange(1, entries + 1, dtype=torch.float64)
+        slope[:3] = entries + 1
+        model = lambda z, slope=slope: torch.stack([-z @ slope, 0 * z[:, 0]], 1)  # noqa: E731
+        x_adv, _ = msd(model, x, torch.zeros(1, dtype=torch.int64), [Threat("L1", 0.1)], 5)
+        expected = x.clone()
+        expected[:, -moved:] += 0.1 / moved
+        torch.testing.assert_close(x_adv, expected)
+
+
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
     from data import load_dataset
