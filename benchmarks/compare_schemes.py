@@ -74,7 +74,7 @@ SCHEMES = {"trades": "--multinorm=eat --loss=trades"}  # others are --multinorm=
 ALL = "eat eat-uniform eat-mixed sat avg max msd ramp trades"
 STUDIES = {
     "digits": Study(
-        train="--dataset=digits --width=8 --attack=apgd --epochs=15 --batch_size=64 "
+        train="--dataset=digits --width=8 --attack=apgd --epochs=30 --batch_size=32 "
         "--lr-schedule=superconverge --lr-max=0.1",
         evaluation="--n_ex=500 --batch_size_eval=500",
         schemes=ALL,

@@ -311,4 +311,4 @@ def test_train_and_eval_take_the_flags_of_every_study(study: str, monkeypatch: p
     monkeypatch.setattr(compare_schemes, "all_jobs", found)
     compare_schemes.main([study, "--report_only"])
     assert planned[0].baseline == "eat"
-    assert max(planned[0].epochs.values()) == (15 if study == "digits" else 3)
+    assert max(planned[0].epochs.values()) == (30 if study == "digits" else 3)
