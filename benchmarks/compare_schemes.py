@@ -72,13 +72,13 @@ class Study:
 SCHEMES = {  # others are --multinorm=NAME
     "trades": "--multinorm=eat --loss=trades",
     "L1": "--l_norms=L1",
-    "ramp5": "--multinorm=ramp --at_iter=5",  # two attacks of half the steps cost what one does
+    "ramp5": "--multinorm=ramp --at_iter=5",  # two attacks of half the steps cost little more than one
     "ramp37": "--multinorm=ramp --l_norms='Linf L1' --l_iters='3 7'",  # the same, more steps where they are needed
     "max5": "--multinorm=max --l_norms='Linf L1' --at_iter=5",
 }
 # --l_norms is left out: each has those of its paper, L2 among them or not. --train="--l_norms='Linf L1'" gives all the same.
 ALL = "eat eat-uniform eat-mixed sat avg max msd ramp trades L1 ramp5 ramp37 max5"
-# Hours are of one core of an AMD EPYC with AVX-512, as measured; those of the full-width study reckoned from README's figures.
+# Hours of one core, AMD EPYC with AVX-512, reckoned from the seeds in docs/SCHEMES.md; full width from README's figures.
 STUDIES = {
     "digits": Study(  # 3 hours; --equal_cost 1 more
         train="--dataset=digits --width=8 --attack=apgd --epochs=30 --batch_size=32 "
