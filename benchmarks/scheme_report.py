@@ -160,8 +160,8 @@ def draw(rows: Sequence[Row]) -> Figure:
     right.set(xlabel="clean accuracy (%)")
     settings = dict.fromkeys(line["setting"] for row in rows for line in row.lines.values())
     seeds = sorted({len(row.lines) for row in rows})
-    number = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
-    told = "one seed" if seeds == [1] else f"mean and standard deviation of {number} seeds"
+    how_many = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
+    told = "one seed" if seeds == [1] else f"mean and standard deviation of {how_many} seeds"
     figure.suptitle(f"{'; '.join(settings)}\n{told}", fontsize=9)
     figure.draw_without_rendering()  # from here on places in pixels are known
     for axes, across in panels.items():
