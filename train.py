@@ -363,6 +363,11 @@ def check_together(args: Namespace, parser: Parser) -> None:
         ("multinorm", no_attack and args.multinorm, alone),
         ("gradient_projection", no_attack and args.gradient_projection, alone),
         ("init_epochs", no_attack and args.init_epochs, alone),
+        (
+            "init_epochs",
+            args.init_epochs and args.gradient_projection,
+            "with --gradient_projection half of every epoch is standard training, leave this flag out",
+        ),
         ("loss", no_attack and args.loss != "ce", alone),
         ("trades_beta", args.trades_beta and args.loss != "trades", "add --loss=trades, whose weight it is"),
         (

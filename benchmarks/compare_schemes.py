@@ -72,12 +72,13 @@ class Study:
 SCHEMES = {  # others are --multinorm=NAME
     "trades": "--multinorm=eat --loss=trades",
     "L1": "--l_norms=L1",
+    "ramp-gp": "--multinorm=ramp --gradient_projection",  # all of the paper's; an epoch has two halves, of which one is natural
     "ramp5": "--multinorm=ramp --at_iter=5",  # two attacks of half the steps cost little more than one
     "ramp37": "--multinorm=ramp --l_norms='Linf L1' --l_iters='3 7'",  # the same, more steps where they are needed
     "max5": "--multinorm=max --l_norms='Linf L1' --at_iter=5",
 }
 # --l_norms is left out: each has those of its paper, L2 among them or not. --train="--l_norms='Linf L1'" gives all the same.
-ALL = "eat eat-uniform eat-mixed sat avg max msd ramp trades L1 ramp5 ramp37 max5"
+ALL = "eat eat-uniform eat-mixed sat avg max msd ramp ramp-gp trades L1 ramp5 ramp37 max5"
 # Hours of one core, AMD EPYC with AVX-512, reckoned from the seeds in docs/SCHEMES.md; full width from README's figures.
 STUDIES = {
     "digits": Study(  # 3 hours; --equal_cost 1 more
@@ -231,7 +232,7 @@ def summary(job: Job, run: Path, result: Path) -> Line:
     """What a finished job's files say, for results.jsonl."""
     config, env, evaluation = (read_json(path) for path in (run / "config.json", run / "env.json", result))
     records = read_records(run / "metrics.jsonl")
-    updates = len(records) * number_of_batches(config["n_ex_train"], config["batch_size"])
+    updates = len(records) * halves(config) * number_of_batches(config["n_ex_train"], config["batch_size"])
     return {
         "scheme": job.scheme,
         "seed": job.seed,
@@ -254,8 +255,13 @@ def summary(job: Job, run: Path, result: Path) -> Line:
     }
 
 
+def halves(config: Line) -> int:
+    """How often an epoch of the run with this config.json passes over the training points."""
+    return 2 if config["gradient_projection"] else 1
+
+
 def passes(records: Sequence[Line]) -> dict[str, float] | None:
-    """Network passes per training point and epoch, forward and backward, mean over the epochs; None if train.py did not count them."""
+    """Network passes per image of an update, forward and backward, mean over the epochs; None if train.py did not count them."""
     if not records or not all("passes" in record for record in records):
         return None
     return {way: round(float(np.mean([r["passes"][way] for r in records])), 4) for way in ("forward", "backward")}
@@ -416,7 +422,7 @@ def equal_epochs(scripts: Scripts, plan: Plan, flags: dict[str, list[str]]) -> t
         counted = passes(read_records(run / "metrics.jsonl"))
         if not counted:
             raise Failed(f"{run} does not tell its passes")
-        spent[name] = counted["forward"] + counted["backward"]
+        spent[name] = halves(read_json(run / "config.json")) * (counted["forward"] + counted["backward"])
 
     failures = scripts.all_of({name: partial(probe, name) for name in probed}, keep)
     if plan.baseline not in spent:

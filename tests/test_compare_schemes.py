@@ -29,6 +29,7 @@ run = Path(flags["save_dir"]) / f"run-{time.time_ns()}"
 run.mkdir(parents=True)
 config = {"dataset": "digits", "epochs": epochs, "seed": int(flags.get("seed", 0)), "n_ex_train": 130, "batch_size": 64, "l_norms": ["L1"]}
 config["ema"] = float(flags["ema"]) if "ema" in flags else None
+config["gradient_projection"] = "gradient_projection" in flags
 config |= {"scheme": flags.get("notes_run", "")}
 env = {"command": ["train.py", *sys.argv[1:]], "commit": "c" * 40, "device": "cpu", "threads": int(os.environ["OMP_NUM_THREADS"])}
 passes = {"forward": steps + 2, "backward": steps + 1}
@@ -190,16 +191,25 @@ def test_a_signal_ends_the_processes_and_begins_no_other(capsys: pytest.CaptureF
 @pytest.mark.usefixtures("stubs")
 def test_equal_cost_scales_the_epochs_by_measured_passes() -> None:
     folder = compare_schemes.main(
-        [*OWN, "--equal_cost", "fixed=--epochs=9 --at_iter=20", "late=--init_epochs=3", "--seeds=0"]
+        [
+            *OWN,
+            "--equal_cost",
+            "fixed=--epochs=9 --at_iter=20",
+            "late=--init_epochs=3",
+            "halves=--gradient_projection",
+            "--seeds=0",
+        ]
     )
     assert {line["scheme"]: line["epochs"] for line in results(folder)} == {
         "eat": 4,
         "mine": 2,  # 4 x 23 / 43
         "fixed": 9,
         "late": 7,  # 3 + (4 x 23 - 3 x 2) / 23
+        "halves": 2,
     }
+    assert {line["scheme"]: line["updates"] for line in results(folder)}["halves"] == 12  # 2 epochs, twice 3 batches
     probes = [line for line in calls() if "/probes " in line]
-    assert len(probes) == 3
+    assert len(probes) == 4
     compare_schemes.main([*OWN, "--equal_cost", "--seeds=0"])
     assert calls() == []
     compare_schemes.main([*OWN, "--equal_cost", "--seeds=0", "huge=--at_iter=500", "--only=huge"])

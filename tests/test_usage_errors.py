@@ -100,6 +100,7 @@ TRAIN_ERRORS = [
     ([*APGD, "--gradient_projection", "--ema=0.9"], "--ema", "leave"),
     ([*DIGITS, "--gradient_projection"], "--gradient_projection", "--attack=apgd"),
     ([*APGD, "--init_epochs=3", "--epochs=2"], "--init_epochs", "2 epochs"),
+    ([*APGD, "--init_epochs=1", "--gradient_projection"], "--init_epochs", "--gradient_projection"),
     ([*DIGITS, "--ema=1"], "--ema", "between 0 and 1"),
     ([*DIGITS, "--grad_clip=0"], "--grad_clip", "above 0"),
     ([*DIGITS, "--save_every=0"], "--save_every", "above 0"),
