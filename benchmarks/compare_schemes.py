@@ -4,7 +4,7 @@ python benchmarks/compare_schemes.py digits                                     
 python benchmarks/compare_schemes.py digits mine='--multinorm=ramp --ramp_lambda=1'     a scheme of one's own beside the study's
 python benchmarks/compare_schemes.py digits mine='--lr-max=0.2' --only=mine             it and the baseline alone
 python benchmarks/compare_schemes.py digits --seeds='0 1' --train=--epochs=3 --eval='--n_ex=50 --attacks=fast'      smaller
-python benchmarks/compare_schemes.py cifar10-finetune --data_dir=DIR --train=--model_dir=DIR --jobs=1
+python benchmarks/compare_schemes.py cifar10-finetune --data_dir=DIR --model_dir=DIR --train=--epochs=1
 python benchmarks/compare_schemes.py my-study eat max --train='--dataset=digits --attack=apgd --epochs=5'     none of STUDIES
 
 A scheme is NAME='flags of train.py', which go behind the study's and --train's; NAME alone is one of SCHEMES below, else --multinorm=NAME.
@@ -96,7 +96,7 @@ STUDIES = {
         schemes=ALL,
         seeds=(0, 1, 2),
     ),
-    "cifar10-finetune": Study(  # 6 hours; --train=--model_dir=DIR says where pretr_Linf.pth is
+    "cifar10-finetune": Study(  # 6 hours
         train="--dataset=cifar10 --attack=apgd --finetune_model --model_name=pretr_Linf.pth "
         "--n_ex_train=5000 --amp=bf16",
         evaluation="--n_ex=100 --batch_size_eval=100 --amp=bf16",
@@ -322,6 +322,7 @@ def make_parser() -> Parser:
     )
     add_flag(parser, "--jobs", type=positive_int, default=1, help="jobs at once, which share the cores (%(default)s)")
     add_flag(parser, "--data_dir", help="as for train.py and eval.py (theirs)")
+    add_flag(parser, "--model_dir", help="as for train.py and eval.py (theirs)")
     add_flag(parser, "--device", help="as for train.py and eval.py (theirs)")
     add_flag(parser, "--save_dir", type=Path, default=Path("results"), help="folder of the study's (./%(default)s)")
     add_flag(parser, "--report_only", action="store_true", help="table and picture of what is finished (off)")
@@ -499,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parser.parse_intermixed_args(argv)
     plan = Plan(args, parser)
     folder = args.save_dir / plan.name
-    where = [f"--{name}={getattr(args, name)}" for name in ("data_dir", "device") if getattr(args, name)]
+    where = [f"--{name}={getattr(args, name)}" for name in ("data_dir", "model_dir", "device") if getattr(args, name)]
     scripts = Scripts(folder, where, args.jobs, args.report_only)
     with ExitStack() as held:
         if not args.report_only:

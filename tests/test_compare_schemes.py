@@ -242,6 +242,15 @@ def test_a_start_is_trained_once_and_fine_tuned_by_all() -> None:
     assert calls() == []
 
 
+@pytest.mark.usefixtures("stubs")
+def test_where_files_are_is_no_part_of_a_run() -> None:
+    folder = compare_schemes.main([*OWN, "--seeds=0", "--data_dir=here", "--model_dir=there"])
+    assert all("--data_dir=here --model_dir=there" in line for line in calls())
+    assert "there" not in (folder / "results.jsonl").read_text()
+    compare_schemes.main([*OWN, "--seeds=0", "--model_dir=elsewhere"])
+    assert calls() == []
+
+
 def test_the_scripts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = "--dataset=digits --width=4 --n_ex_train=64 --epochs=1 --attack=apgd --at_iter=2"
     flags = ["tiny", "max", f"--train={tiny}", "--eval=--n_ex=8 --attacks=fast --n_iter=4", "--device=cpu"]
