@@ -79,9 +79,9 @@ SCHEMES = {  # others are --multinorm=NAME
 }
 # --l_norms is left out: each has those of its paper, L2 among them or not. --train="--l_norms='Linf L1'" gives all the same.
 ALL = "eat eat-uniform eat-mixed sat avg max msd ramp ramp-gp trades L1 ramp5 ramp37 max5"
-# Hours of one core, AMD EPYC with AVX-512, reckoned from the seeds in docs/SCHEMES.md; full width from README's figures.
+# Hours of one core, AMD EPYC with AVX-512, reckoned from what docs/SCHEMES.md shows.
 STUDIES = {
-    "digits": Study(  # 3 hours; --equal_cost 1 more
+    "digits": Study(  # 4 hours; --equal_cost 1 more
         train="--dataset=digits --width=8 --attack=apgd --epochs=30 --batch_size=32 "
         "--lr-schedule=superconverge --lr-max=0.1",
         evaluation="--n_ex=500 --batch_size_eval=500",
@@ -96,7 +96,7 @@ STUDIES = {
         schemes=ALL,
         seeds=(0, 1, 2),
     ),
-    "cifar10-finetune": Study(  # 6 hours
+    "cifar10-finetune": Study(  # 3 hours, with --train=--epochs=1 less than 2
         train="--dataset=cifar10 --attack=apgd --finetune_model --model_name=pretr_Linf.pth "
         "--n_ex_train=5000 --amp=bf16",
         evaluation="--n_ex=100 --batch_size_eval=100 --amp=bf16",

@@ -38,6 +38,14 @@ class Row:
         both = [seed for seed in self.lines if seed in other.lines]
         return [self.lines[seed]["accuracy"][name] - other.lines[seed]["accuracy"][name] for seed in both]
 
+    def spread(self, name: str) -> float:
+        """Deviation over the seeds; of one seed the standard error that so few test points have."""
+        if len(self.lines) > 1:
+            return deviation(self.accuracies(name))
+        [line] = self.lines.values()
+        share = line["accuracy"][name] / 100
+        return 100 * math.sqrt(share * (1 - share) / line["points"])
+
     def cost(self) -> float:
         """Thousands of passes of a batch in training, forward and backward; nan if train.py did not count them."""
         return self.mean(lambda line: (forward(line) + backward(line)) * line["updates"] / 1000)
@@ -143,29 +151,31 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Union accuracy against what training cost, and against clean accuracy; a scheme of unknown cost is in the second alone."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    union = [row.accuracies("union") for row in rows]
-    panels: dict[Axes, list[list[float]]] = {
-        left: [[row.cost()] for row in rows],
-        right: [row.accuracies("clean") for row in rows],
+    union = [float(np.mean(row.accuracies("union"))) for row in rows]
+    panels: dict[Axes, list[float]] = {
+        left: [row.cost() for row in rows],
+        right: [float(np.mean(row.accuracies("clean"))) for row in rows],
     }
     shades = [COLOURS[number % len(COLOURS)] for number in range(len(rows))]  # names tell those of one colour apart
     for axes, across in panels.items():
-        for x, y, shade in zip(across, union, shades, strict=True):
-            bars = {"xerr": np.nan_to_num(deviation(x)), "yerr": np.nan_to_num(deviation(y))}
-            axes.errorbar(np.mean(x), np.mean(y), **bars, fmt="none", ecolor=shade, elinewidth=0.8, alpha=0.5)
-            axes.plot(np.mean(x), np.mean(y), "o", color=shade, markersize=6)
-    most = max((cost for [cost] in panels[left] if not math.isnan(cost)), default=1)
+        for row, x, y, shade in zip(rows, across, union, shades, strict=True):
+            aside, up = row.spread("clean") if axes is right else 0.0, row.spread("union")
+            axes.errorbar(x, y, up, aside, fmt="none", ecolor=shade, elinewidth=0.8, alpha=0.5)
+            axes.plot(x, y, "o", color=shade, markersize=6)
+    most = max((cost for cost in panels[left] if not math.isnan(cost)), default=1)
     left.set(xlabel="network passes in training, forward and backward (1000 batches)", xlim=(0, 1.15 * most))
     left.set(ylabel="accuracy on the union of the threats (%)")
     right.set(xlabel="clean accuracy (%)")
     settings = dict.fromkeys(line["setting"] for row in rows for line in row.lines.values())
     seeds = sorted({len(row.lines) for row in rows})
     how_many = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
-    told = "one seed" if seeds == [1] else f"mean and standard deviation of {how_many} seeds"
+    of_one = "standard error over the test points"
+    told = f"one seed, {of_one}" if seeds == [1] else f"mean and standard deviation of {how_many} seeds"
+    told += f" (of one: {of_one})" if seeds[0] == 1 < seeds[-1] else ""
     figure.suptitle(f"{'; '.join(settings)}\n{told}", fontsize=9)
     figure.draw_without_rendering()  # from here on places in pixels are known
     for axes, across in panels.items():
-        places = [(float(np.mean(x)), float(np.mean(y))) for x, y in zip(across, union, strict=True)]
+        places = list(zip(across, union, strict=True))
         known = [number for number, (x, _) in enumerate(places) if not math.isnan(x)]
         pixels = [axes.transData.transform(places[number]) for number in known]
         taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in pixels]

@@ -275,6 +275,7 @@ def line_of(scheme: str, seed: int, clean: float, union: float, forward: float |
         "seed": seed,
         "accuracy": accuracy,
         "passes": passes,
+        "points": 100,
         "updates": 1000,
         "setting": "digits",
     }
@@ -289,6 +290,8 @@ def test_the_picture_shows_means_deviations_and_names() -> None:
     assert [line.get_xydata().tolist() for line in right.lines] == [[[92, 42]], [[80, 30]]]
     bar = right.containers[0][2][1].get_segments()[0]
     assert bar[:, 1].tolist() == pytest.approx([42 - 8**0.5, 42 + 8**0.5])
+    (old,) = right.containers[1][2][0].get_segments()  # of one seed: 80 % of 100 points
+    assert old[:, 0].tolist() == pytest.approx([80 - 4, 80 + 4])
     assert left.lines[0].get_xydata().tolist() == [[23, 42]]
     assert [[text.get_text() for text in axes.texts] for axes in (left, right)] == [["eat"], ["eat", "old"]]
 
