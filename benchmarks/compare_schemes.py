@@ -76,9 +76,10 @@ SCHEMES = {  # others are --multinorm=NAME
     "ramp5": "--multinorm=ramp --at_iter=5",  # two attacks of half the steps cost little more than one
     "ramp37": "--multinorm=ramp --l_norms='Linf L1' --l_iters='3 7'",  # the same, more steps where they are needed
     "max5": "--multinorm=max --l_norms='Linf L1' --at_iter=5",
+    "max37-trades": "--multinorm=max --l_norms='Linf L1' --l_iters='3 7' --loss=trades",
 }
 # --l_norms is left out: each has those of its paper, L2 among them or not. --train="--l_norms='Linf L1'" gives all the same.
-ALL = "eat eat-uniform eat-mixed sat avg max msd ramp ramp-gp trades L1 ramp5 ramp37 max5"
+ALL = "eat eat-uniform eat-mixed sat avg max msd ramp ramp-gp trades L1 ramp5 ramp37 max5 max37-trades"
 # Hours of one core, AMD EPYC with AVX-512, reckoned from what docs/SCHEMES.md shows.
 STUDIES = {
     "digits": Study(  # 4 hours; --equal_cost 1 more

@@ -178,6 +178,7 @@ def test_help_says_each_flags_default(script, capsys) -> None:  # type: ignore[n
         (["--multinorm=msd", "--l_norms=L1 Linf"], ["L1", "Linf"], (7, 3)),
         (["--multinorm=ramp"], ["Linf", "L1"], (8, 6)),
         (["--loss=trades"], ["Linf", "L1", "clean"], (5, 4)),
+        (["--multinorm=max", "--l_norms=Linf L1", "--loss=trades"], ["Linf", "L1", "clean"], (8, 6)),
         (["--multinorm=ramp", "--gradient_projection", "--init_epochs=0"], ["Linf", "L1", "clean"], (4.5, 3.5)),
     ],
 )
