@@ -76,7 +76,7 @@ SCHEMES = {  # others are --multinorm=NAME
     "ramp5": "--multinorm=ramp --at_iter=5",  # two attacks of half the steps cost little more than one
     "ramp37": "--multinorm=ramp --l_norms='Linf L1' --l_iters='3 7'",  # the same, more steps where they are needed
     "max5": "--multinorm=max --l_norms='Linf L1' --at_iter=5",
-    "max37-trades": "--multinorm=max --l_norms='Linf L1' --l_iters='3 7' --loss=trades",
+    "max37-trades": "--multinorm=max --l_norms='Linf L1' --l_iters='3 7' --loss=trades",  # the highest union on digits
 }
 # --l_norms is left out: each has those of its paper, L2 among them or not. --train="--l_norms='Linf L1'" gives all the same.
 ALL = "eat eat-uniform eat-mixed sat avg max msd ramp ramp-gp trades L1 ramp5 ramp37 max5 max37-trades"
@@ -258,7 +258,7 @@ def summary(job: Job, run: Path, result: Path) -> Line:
 
 def halves(config: Line) -> int:
     """How often an epoch of the run with this config.json passes over the training points."""
-    return 2 if config["gradient_projection"] else 1
+    return 2 if config.get("gradient_projection") else 1
 
 
 def passes(records: Sequence[Line]) -> dict[str, float] | None:
