@@ -89,7 +89,7 @@ STUDIES = {
         schemes=ALL,
         seeds=(0, 1, 2, 3, 4),
     ),
-    "cifar10-narrow": Study(  # 3 hours
+    "cifar10-narrow": Study(  # 4 hours
         start="--dataset=cifar10 --width=16 --attack=apgd --l_norms=Linf --at_iter=5 --n_ex_train=20000 --epochs=10 "
         "--lr-schedule=superconverge --lr-max=0.1 --amp=bf16",
         train="--dataset=cifar10 --attack=apgd --n_ex_train=3000 --amp=bf16",
