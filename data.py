@@ -1,4 +1,4 @@
-"""Data sets: images as uint8, tensors in memory or mapped, or files read by worker processes, made floats in [0, 1] batch by batch."""
+"""Data sets: images as uint8, tensors in memory or mmap_npz, or files read by worker processes, made floats in [0, 1] batch by batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.arrays import is_npz, mapped, unpickled
-from utils.run import made_folder
-from utils.training import generator
+from utils.arrays import is_npz, load_pickled_arrays, mmap_npz
+from utils.modules import generator
+from utils.run_folder import new_folder_or_nothing
 
 CPU = torch.device("cpu")
 DATASETS = ("cifar10", "cifar100", "imagenet", "imagefolder", "digits")
@@ -103,7 +103,7 @@ class FolderSplit:
 
 @dataclass(frozen=True)
 class Extra(Split):
-    """Images of a file, mapped if it is an npz: a worker process that is not forked opens it again instead of being sent them."""
+    """Images of a file, mmap_npz if it is an npz: a worker process that is not forked opens it again instead of being sent them."""
 
     file: str
 
@@ -239,15 +239,15 @@ def batches(
     The last batch may be smaller, see `number_of_batches`. Of a mixed split both kinds are cut in memory, and each part of
     a batch, also as torch.tensor_split makes it, has them in proportion.
     """
-    cuts: _Cuts | _Reads | _Mixes
+    cuts: TensorBatches | FileBatches | MixedBatches
     if isinstance(split, FolderSplit):
-        cuts = _Reads(split, batch_size, (seed, epoch), share)
+        cuts = FileBatches(split, batch_size, (seed, epoch), share)
         workers = min(8, _cores()) if workers is None else workers
     elif isinstance(split, Mixed):
-        cuts = _Mixes(split, (seed, epoch), share)
+        cuts = MixedBatches(split, (seed, epoch), share)
         workers = int(device.type != "cpu")
     else:
-        cuts = _Cuts(split, batch_size, generator(seed, epoch), share)
+        cuts = TensorBatches(split, batch_size, generator(seed, epoch), share)
         workers = int(split.images.device.type != device.type)
     numbers = range(first, len(cuts))
     for images, labels in _from_workers(cuts, numbers, workers, device) if workers else map(cuts.__getitem__, numbers):
@@ -271,7 +271,7 @@ def on_device(split: Split | FolderSplit | Mixed, device: torch.device) -> Split
     return replace(split, images=split.images.to(device), labels=split.labels.to(device))
 
 
-class _Parts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+class ShardedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """A process' parts of an epoch's batches, by number: which places in the epoch's order are whose."""
 
     def __init__(self, n: int, batch_size: int, share: tuple[int, int]) -> None:
@@ -289,7 +289,7 @@ class _Parts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return slice(start, start + each + (rank < more))
 
 
-class _Cuts(_Parts):
+class TensorBatches(ShardedBatches):
     """Batches cut from tensors, uint8. All random choices are drawn at once, so that cutting waits for nothing.
 
     order: the epoch's points (a random one of all).
@@ -321,7 +321,7 @@ class _Cuts(_Parts):
         return images, self.split.labels[chosen]
 
 
-class _Reads(_Parts):
+class FileBatches(ShardedBatches):
     """Batches read from files, uint8: of each image a random part, perhaps mirrored, that depends on (seed, epoch, point) alone."""
 
     def __init__(self, split: FolderSplit, batch_size: int, key: tuple[int, int], share: tuple[int, int]) -> None:
@@ -341,7 +341,7 @@ class _Reads(_Parts):
         return images, self.split.labels[chosen]
 
 
-class _Mixes(_Parts):
+class MixedBatches(ShardedBatches):
     """Standard and extra images cut from tensors and spread evenly over each batch, uint8."""
 
     def __init__(self, split: Mixed, key: tuple[int, int], share: tuple[int, int]) -> None:
@@ -350,8 +350,8 @@ class _Mixes(_Parts):
         self.split = split
         order = _continued(len(split.extra), len(split) - len(split.standard), *key)
         # The standard images' order and crops are those of batches that hold nothing else.
-        self.standard = _Cuts(split.standard, standard, generator(*key))
-        self.extra = _Cuts(split.extra, extra, generator(*key, 0, 1), order=order)
+        self.standard = TensorBatches(split.standard, standard, generator(*key))
+        self.extra = TensorBatches(split.extra, extra, generator(*key, 0, 1), order=order)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         begin, places = number * self.batch_size, self.places(number)
@@ -378,7 +378,9 @@ def _continued(n: int, length: int, seed: int, epoch: int) -> Tensor:
     )
 
 
-def _from_workers(cuts: _Parts, numbers: range, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _from_workers(
+    cuts: ShardedBatches, numbers: range, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches from processes that make them ahead, pinned, so that the host does not wait for the copy to the device."""
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         cuts,
@@ -450,7 +452,9 @@ def _augment(images: Tensor, padding: int, shift: Tensor, mirrored: Tensor | Non
 def _extra_arrays(file: str) -> list[np.ndarray]:
     """Images and labels as they lie in a file."""
     path = Path(file)
-    return mapped(path, "image", "label") if is_npz(path) else unpickled(path, "data", "extrapolated_targets")
+    return (
+        mmap_npz(path, "image", "label") if is_npz(path) else load_pickled_arrays(path, "data", "extrapolated_targets")
+    )
 
 
 def _as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -491,7 +495,7 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     if not place.exists():
         # Into a folder beside, and moved in place when whole: a failure leaves nothing behind.
         try:
-            with made_folder(data_dir), tempfile.TemporaryDirectory(dir=data_dir) as part:
+            with new_folder_or_nothing(data_dir), tempfile.TemporaryDirectory(dir=data_dir) as part:
                 kind(part, download=True)
                 shutil.move(Path(part) / kind.base_folder, place)
         except (OSError, RuntimeError) as error:

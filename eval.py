@@ -19,21 +19,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attacks.examples import telling_examples
-from attacks.results import Evaluation, as_json, paired, robustbench_fields, runs_for
-from attacks.standard import evaluate
 from attacks.threat import NORMS, threats_for
-from attacks.work import Budget, Points
 from data import DATASETS, FolderSplit, Split, load_dataset
+from evaluation.evaluate import evaluate
+from evaluation.examples import worst_examples
+from evaluation.report import write_report
+from evaluation.results import Evaluation, evaluation_json, paired, robustbench_fields, runs_for
+from evaluation.threat_evaluator import AttackPlan, Points
 from models.pretrained import check_fits, load_model
 from models.robustbench_zoo import published_preparation
 from utils.checkpoint import fingerprint
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
-from utils.distributed import from_first, local_device, processes
-from utils.report import write_report
-from utils.run import difference_table, environment, new_folder, newest_folder, read_json, table, write_json
-from utils.speed import AMPS, check_format, set_up
-from utils.training import choose_device
+from utils.distributed import choose_device, local_device, processes, run_on_rank0
+from utils.precision import AMPS, check_amp, set_up_torch
+from utils.run_folder import difference_table, environment, new_folder, newest_folder, read_json, table, write_json
 
 # An evaluation can go on only if none of these changed. Not the device, the batch size or the number of processes.
 DECIDE = (
@@ -162,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with parser.blame("--device"):
         device = local_device(choose_device(args.device))
     with parser.blame("--amp"):
-        check_format(device, args.amp)
-    set_up(args.threads, tf32=False)
+        check_amp(device, args.amp)
+    set_up_torch(args.threads, tf32=False)
     with parser.blame("--model_name"):
         loaded = load_model(args.model_name, args.model_dir, args.dataset or "cifar10")
     args.dataset = args.dataset or loaded.about.get("dataset", "cifar10")
@@ -200,14 +199,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with processes(device) as share:
         # The first process chooses the folder; what went wrong there is told in all of them.
         with parser.blame("--resume" if args.resume else "--save_dir"):
-            folder = from_first(lambda: folder_for(args.save_dir, parts, asked, args.resume))
+            folder = run_on_rank0(lambda: folder_for(args.save_dir, parts, asked, args.resume))
         if share[0] == 0:
             attacked = ", ".join(map(str, threats)) or "no attack"
             print(
                 f"{args.model_name} on {args.n_ex} test points of {args.dataset}: {attacked}; on {device}", flush=True
             )
         points = Points(test.images, test.labels, test.levels)
-        budget = Budget(
+        plan = AttackPlan(
             args.attacks,
             args.n_iter,
             args.n_restarts,
@@ -217,10 +216,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
             amp=args.amp,
         )
         start, env = time.time(), environment(device)
-        result = evaluate(model, points, threats, device, budget, args.batch_size_eval, args.seed, folder, share)
+        result = evaluate(model, points, threats, device, plan, args.batch_size_eval, args.seed, folder, share)
         if share[0] == 0:
             finish(result, args, baseline, folder, env, time.time() - start)
-            examples = telling_examples(model, points, result, folder, data.class_names, device)
+            examples = worst_examples(model, points, result, folder, data.class_names, device)
             write_report(
                 folder / "report.html",
                 read_json(folder / "eval.json"),
@@ -257,7 +256,7 @@ def finish(
     seconds: float,
 ) -> None:
     """Save eval.json and what else was asked for; print the table, differences and warnings."""
-    content = as_json(result) | {"seconds": round(seconds, 1), "settings": vars(args), "environment": env}
+    content = evaluation_json(result) | {"seconds": round(seconds, 1), "settings": vars(args), "environment": env}
     if baseline:
         content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"])
     write_json(folder / "eval.json", content)

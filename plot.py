@@ -26,7 +26,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from utils.cli import Parser, add_flag, word_list
-from utils.run import read_json
+from utils.run_folder import read_json
 
 STYLE: dict[str, Any] = {
     "font.size": 8,

@@ -31,11 +31,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attacks.apgd import Model
-from attacks.multinorm import ALL_NORMS, SCHEMES, Scheme, Views, make_scheme
-from attacks.results import Evaluation, as_json, summarise
-from attacks.standard import evaluate
+from attacks.multinorm import ALL_NORMS, SCHEMES, AdversarialBatch, Scheme, make_scheme
 from attacks.threat import NORMS, RADII, threats_for
-from attacks.work import Budget, Points
 from data import (
     DATASETS,
     Dataset,
@@ -48,11 +45,17 @@ from data import (
     number_of_batches,
     on_device,
 )
+from evaluation.evaluate import evaluate
+from evaluation.results import Evaluation, accuracy_table, evaluation_json
+from evaluation.threat_evaluator import AttackPlan, Points
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS
 from models.pretrained import check_fits, check_one_point, load_model, rebuild
 from models.robustbench_zoo import published_preparation
-from utils.checkpoint import load_tensors, save_whole
+from training.gradient_projection import GradientProjection
+from training.metrics import EpochMetrics, NonFiniteGuard, console_line, per_threat_sums
+from training.optim import averaged, lr_schedule, parameter_groups, set_lr
+from utils.checkpoint import load_tensors, save_atomic
 from utils.cli import (
     Parser,
     add_flag,
@@ -66,36 +69,32 @@ from utils.cli import (
     word_list,
 )
 from utils.distributed import (
+    all_reduce_sum,
     average_buffers,
-    data_parallel,
-    from_first,
-    local_device,
-    only_in_last,
-    processes,
-    share_statistics,
-    summed,
-    wait_for_all,
-)
-from utils.gradient_projection import GradientProjection
-from utils.resume import ANY_RUN, Before, check_same, claim, cut_metrics, note_resumed, run_before, with_saved_command
-from utils.run import append_json_line, emptied, environment, flat, new_folder, table, write_json
-from utils.schedules import lr_schedule
-from utils.signals import Interrupted, Signals
-from utils.speed import AMPS, check_format, full_precision, in_format, set_up
-from utils.state import Keeper, NotFinite, Stateful, check_finite, state_files
-from utils.training import (
-    Meter,
-    Watch,
-    averaged,
+    barrier,
     choose_device,
-    console_line,
-    eval_mode,
-    frozen,
-    generator,
-    parameter_groups,
-    set_lr,
-    tally,
+    data_parallel,
+    local_device,
+    no_sync_unless,
+    processes,
+    run_on_rank0,
+    sync_batchnorm,
 )
+from utils.modules import eval_mode, generator, no_param_grad
+from utils.precision import AMPS, autocast_model, check_amp, full_precision, set_up_torch
+from utils.resume import (
+    ANY_RUN,
+    ResumePoint,
+    check_same,
+    cut_metrics,
+    lock_run,
+    note_resumed,
+    run_before,
+    with_saved_command,
+)
+from utils.run_folder import append_json_line, emptied, environment, flat, new_folder, table, write_json
+from utils.signals import Interrupted, Signals
+from utils.state import CheckpointManager, NonFiniteError, Stateful, check_finite, state_files
 
 # What may be another when a run goes on: the weights don't depend on it (on device and threads by rounding alone).
 FREE = {
@@ -527,7 +526,7 @@ def check_parts(args: Namespace, parser: Parser, number: int) -> None:
 
 
 class Run:
-    """One run's objects. What an update changes is the network and `parts`, which the keeper saves; the next one is (epoch, step)."""
+    """One run's objects. What an update changes is the network and `parts`, which the checkpoints saves; the next one is (epoch, step)."""
 
     def __init__(
         self,
@@ -542,7 +541,7 @@ class Run:
     ) -> None:
         self.args, self.data, self.device, self.signals, self.folder = args, data, device, signals, folder
         self.share, self.first = share, share[0] == 0
-        self.model = share_statistics(model, device) if args.sync_bn else model
+        self.model = sync_batchnorm(model, device) if args.sync_bn else model
         self.scheme = scheme_of(args)
         self.threats = self.scheme.threats
         self.natural = Scheme(self.threats)
@@ -552,17 +551,17 @@ class Run:
         self.lr_at = lr_schedule(args.lr_schedule, args.lr_max)
         self.optimizer = sgd(args, self.model, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.watch = Watch([*map(str, self.threats), "clean"])
-        self.meter = Meter([threat.norm for threat in self.threats], device)
+        self.watch = NonFiniteGuard([*map(str, self.threats), "clean"])
+        self.meter = EpochMetrics([threat.norm for threat in self.threats], device)
         # Of an epoch's two halves the first is natural training then.
         self.halves = 2 if args.gradient_projection else 1
         self.projection = GradientProjection(self.model, sgd(args, self.model, device)) if self.halves == 2 else None
         self.averaged = averaged(self.model, args.ema) if args.ema else None
         compiled: nn.Module = torch.compile(self.model) if args.compile else self.model  # type: ignore[assignment]
         # As the attack sees it, each process on its own.
-        self.attacked = self.meter.passes.of(in_format(compiled, device, args.amp), learns=False)
+        self.attacked = self.meter.passes.of(autocast_model(compiled, device, args.amp), learns=False)
         self.parallel = data_parallel(compiled, device)
-        self.updated = self.meter.passes.of(in_format(self.parallel, device, args.amp), learns=True)
+        self.updated = self.meter.passes.of(autocast_model(self.parallel, device, args.amp), learns=True)
         self.about = {"spec": spec, "dataset": args.dataset, "threats": {t.norm: t.eps for t in self.threats}}
         self.about |= {"image_size": args.image_size} if args.image_size else {}
         parts: dict[str, Stateful] = {
@@ -573,18 +572,20 @@ class Run:
         }
         parts |= {"averaged": self.averaged} if self.averaged else {}
         parts |= {"projection": self.projection} if self.projection else {}
-        self.keeper = Keeper(folder, self.model, self.about, parts, 60 * args.save_every, writes=self.first)
+        self.checkpoints = CheckpointManager(
+            folder, self.model, self.about, parts, 60 * args.save_every, writes=self.first
+        )
         self.epoch = self.step = 0
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.keeper.restore(state)
+        self.checkpoints.restore(state)
         self.epoch, self.step = state["epoch"], state["step"]
 
     def save(self) -> None:
         """Save the state, once all updates are known to be sound."""
         self.watch.look()
-        self.keeper.save(self.epoch, self.step)
+        self.checkpoints.save(self.epoch, self.step)
 
     def next_epoch(self) -> None:
         """Count an epoch that is over."""
@@ -621,19 +622,19 @@ class Run:
             yield x, y, min(args.batch_size, len(self.train) - self.step % self.steps * args.batch_size)
 
     def check(self) -> None:
-        """Between two updates: raises Interrupted or NotFinite, saves the state when that is due. Knows all updates but the last."""
+        """Between two updates: raises Interrupted or NonFiniteError, saves the state when that is due. Knows all updates but the last."""
         self.watch.look(all_but=1)
         if self.share[1] == 1:
             self.signals.check()
         elif self.watch.stop:  # all processes know it of the same update
             raise Interrupted(self.signals.received or signal.SIGTERM)
-        if self.keeper.due():
+        if self.checkpoints.due():
             self.save()
 
     def observe(self, sums: Tensor, points: int, points_here: int) -> None:
         """Count an update of so many points, so many of them in this process, where `update` gave these sums."""
         asked = torch.full((1,), float(self.signals.received is not None), device=self.device)
-        sums, asked = summed(torch.cat([sums, asked])).split([len(sums), 1])
+        sums, asked = all_reduce_sum(torch.cat([sums, asked])).split([len(sums), 1])
         table = sums[1:].view(-1, 3)
         what = f"batch {self.step % self.steps + 1} of epoch {self.epoch + 1}"
         self.watch.observe(what, torch.cat([sums[:1], table[:, 0]]), asked[0])
@@ -664,11 +665,13 @@ def train_epoch(run: Run) -> None:
             drawn = scheme.draw(points, generator(args.seed, run.epoch, run.step)).tensor_split(number)[rank]
             pieces = min(args.accumulate, max(points // (2 * number), 1))
             # A signal may end the attack at once where no other process waits for this one's part of the update.
-            with eval_mode(model), frozen(model), run.signals.at_once() if number == 1 else nullcontext():
+            with eval_mode(model), no_param_grad(model), run.signals.at_once() if number == 1 else nullcontext():
                 parts = zip(*(part.tensor_split(pieces) for part in (x, y, drawn)), strict=True)
                 seen = [(scheme.points(run.attacked, *part), part[1]) for part in parts]
-            weight = number / points  # gradients are the mean over the processes, of losses summed over their points
-            hold = partial(only_in_last, run.parallel)
+            weight = (
+                number / points
+            )  # gradients are the mean over the processes, of losses all_reduce_sum over their points
+            hold = partial(no_sync_unless, run.parallel)
             sums = update(run.updated, optimizer, run.scaler, scheme, seen, weight, args.grad_clip, hold)
             if not args.sync_bn:
                 average_buffers(model)
@@ -684,14 +687,14 @@ def update(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     scheme: Scheme,
-    pieces: Sequence[tuple[Views, Tensor]],
+    pieces: Sequence[tuple[AdversarialBatch, Tensor]],
     weight: float | None = None,
     grad_clip: float | None = None,
     hold: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
 ) -> Tensor:
     """One step of SGD on the scheme's loss at these points of images with labels y (B,), a pass for each piece; before it, in one row,
 
-    the loss' sum and what `tally` says of each threat and of clean images: (1 + 3 (threats + 1),).
+    the loss' sum and what `log` says of each threat and of clean images: (1 + 3 (threats + 1),).
     weight: of an image's loss (left out: 1 over their number). hold(last): the context of a pass. Nothing waits for the device.
     """
     optimizer.zero_grad()
@@ -703,7 +706,7 @@ def update(
             loss = scheme.loss(logits, y).sum()
             scaler.scale(loss * weight).backward()
         logits = logits.detach()
-        table = tally(logits, y, points.threat, len(scheme.threats) + 1)
+        table = per_threat_sums(logits, y, points.threat, len(scheme.threats) + 1)
         sums.append(torch.cat([loss.detach()[None], table.flatten()]))
     if grad_clip:
         scaler.unscale_(optimizer)
@@ -735,7 +738,7 @@ def close_epoch(run: Run, board: Any) -> None:
                 content = run.about | {"state_dict": model.state_dict(), "epoch": done}
                 content |= {"optimizer": run.optimizer.state_dict()} if args.save_optim and not name else {}
                 check_finite(model)
-                save_whole(content, run.folder / f"ep_{done}{name}.pth")
+                save_atomic(content, run.folder / f"ep_{done}{name}.pth")
     run.next_epoch()
     run.save()
 
@@ -776,13 +779,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with parser.blame("--device"):
         device = local_device(choose_device(args.device))
     with parser.blame("--amp"):
-        check_format(device, args.amp)
-    set_up(args.threads, tf32=True)
+        check_amp(device, args.amp)
+    set_up_torch(args.threads, tf32=True)
     with ExitStack() as held:
         share = held.enter_context(processes(device))
         signals = held.enter_context(Signals())
         with parser.blame("--resume"):
-            before = from_first(lambda: run_before(parser, asked, FREE, held))
+            before = run_on_rank0(lambda: run_before(parser, asked, FREE, held))
         if before and not before.state and (before.folder / f"ep_{args.epochs}.pth").exists():
             print(f"{before.folder} is complete")
             return before.folder
@@ -791,7 +794,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         check_parts(args, parser, share[1])
         env = environment(device, argv) | {"processes": share[1]}
         with parser.blame("--resume" if before else "--save_dir"):
-            folder = from_first(lambda: open_folder(args, before, state["epoch"] if state else 0, env, held))
+            folder = run_on_rank0(lambda: open_folder(args, before, state["epoch"] if state else 0, env, held))
         run = Run(args, data, model, spec, device, share, signals, folder)
         if state:
             run.restore(state)
@@ -801,7 +804,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return folder
 
 
-def open_folder(args: Namespace, before: Before | None, epochs: int, env: dict[str, Any], held: ExitStack) -> Path:
+def open_folder(args: Namespace, before: ResumePoint | None, epochs: int, env: dict[str, Any], held: ExitStack) -> Path:
     """A new folder with what was asked, or that of the run before, cut back to so many epochs. Raises ValueError or OSError."""
     if before:
         check_same(before.folder, vars(args), FREE | {"extra_data"})  # a file may move, extra_content knows it
@@ -814,7 +817,7 @@ def open_folder(args: Namespace, before: Before | None, epochs: int, env: dict[s
     scheme = args.multinorm if args.multinorm != "eat" else ""
     parts = [args.dataset, start, args.attack or "", scheme, norms, f"seed{args.seed}", args.notes_run]
     folder = new_folder(args.save_dir, parts)
-    held.enter_context(claim(folder, seconds=0))
+    held.enter_context(lock_run(folder, seconds=0))
     write_json(folder / "env.json", env)
     write_json(folder / "config.json", vars(args))
     return folder
@@ -831,13 +834,13 @@ def train(run: Run) -> None:
             train_to_the_end(run)
         except Interrupted:
             run.save()
-            wait_for_all()
+            barrier()
             raise
     except Interrupted as end:
         if run.first:
             print(f"{end}: the state after batch {run.step} of epoch {run.epoch + 1} is saved; {how}", flush=True)
         sys.exit(end.code)
-    except NotFinite as error:
+    except NonFiniteError as error:
         sys.exit(f"train.py: {error}; {last_state(run)}. Try a lower --lr-max, or --grad_clip")
     except OSError as error:
         sys.exit(f"train.py: {error}; {last_state(run)}; with room on the disk {how}")
@@ -858,7 +861,7 @@ def train_to_the_end(run: Run) -> None:
     if run.args.final_eval:
         for name, model in networks(run).items():
             final_figures(run, model, name)
-    run.keeper.forget()
+    run.checkpoints.forget()
 
 
 def last_state(run: Run) -> str:
@@ -879,9 +882,11 @@ def quick_figures(run: Run, model: nn.Module) -> dict[str, Any]:
     figures = {}
     for name, split in {"train": run.data.train, "test": run.data.test}.items():
         # Several processes meet in a folder of their own, which is gone after.
-        folder = from_first(lambda: emptied(run.folder / "eval")) if run.share[1] > 1 else None
-        figures[name] = summarise(attacked(run, model, split.first(run.args.n_ex_eval), Budget("fast"), folder))
-        wait_for_all()
+        folder = run_on_rank0(lambda: emptied(run.folder / "eval")) if run.share[1] > 1 else None
+        figures[name] = accuracy_table(
+            attacked(run, model, split.first(run.args.n_ex_eval), AttackPlan("fast"), folder)
+        )
+        barrier()
         if folder and run.first:
             shutil.rmtree(folder)
     return figures
@@ -891,23 +896,25 @@ def final_figures(run: Run, model: nn.Module, name: str) -> None:
     """The standard evaluation, printed and saved in the run's folder; what an earlier process of the run has done of it is kept."""
     start = time.time()
     folder = run.folder / name.removeprefix("_")
-    from_first(lambda: folder.mkdir(exist_ok=True))
-    result = attacked(run, model, run.data.test.first(run.args.n_ex_final), Budget(), folder)
+    run_on_rank0(lambda: folder.mkdir(exist_ok=True))
+    result = attacked(run, model, run.data.test.first(run.args.n_ex_final), AttackPlan(), folder)
     if run.first:
         about = {"seconds": round(time.time() - start, 1), "settings": vars(run.args)}
-        content = as_json(result) | about | {"environment": environment(run.device)}
+        content = evaluation_json(result) | about | {"environment": environment(run.device)}
         write_json(run.folder / f"eval{name}.json", content)
         title = f"averaged, {run.args.ema}" if name else ""
         print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
 
 
-def attacked(run: Run, model: nn.Module, split: Split | FolderSplit, budget: Budget, folder: Path | None) -> Evaluation:
+def attacked(
+    run: Run, model: nn.Module, split: Split | FolderSplit, plan: AttackPlan, folder: Path | None
+) -> Evaluation:
     """An evaluation in the three norms with the radii of --eval_eps, its points shared out over the processes."""
     args, read = run.args, split.in_memory()
     points = Points(read.images, read.labels, read.levels)
     threats = threats_for(args.dataset, NORMS, args.eval_eps)
-    with full_precision(), eval_mode(model), frozen(model), run.signals.at_once():
-        return evaluate(model, points, threats, run.device, budget, args.batch_size_eval, args.seed, folder, run.share)
+    with full_precision(), eval_mode(model), no_param_grad(model), run.signals.at_once():
+        return evaluate(model, points, threats, run.device, plan, args.batch_size_eval, args.seed, folder, run.share)
 
 
 if __name__ == "__main__":

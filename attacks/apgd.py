@@ -28,7 +28,7 @@ TRAINING_SHARE, EVALUATION_SHARE = 0.05, 0.2  # of the entries that the first L1
 
 
 @dataclass(frozen=True)
-class Attacked:
+class AttackResult:
     """What a run of APGD found, one row for each of the B examples."""
 
     x_best: Tensor  # (B, ...) the point of highest loss: what training uses
@@ -47,7 +47,7 @@ def apgd(
     delta_init: Tensor | None = None,
     share: float = TRAINING_SHARE,
     stages: Stages | None = None,
-) -> Attacked:
+) -> AttackResult:
     """Points (B, ...) of highest loss in the threat's ball and box, after n_iter steps: n_iter + 1 forward and n_iter backward passes.
 
     x (B, ...) in [0, 1], y (B,). Starts at x, or at the projection of x + delta_init (B, ...). `share` is the part of the entries that
@@ -61,14 +61,14 @@ def apgd(
     x_adv = x
     for tick in range(run.ticks):
         x_new = x + rows.delta
-        value, grad, wrong = judge(model, x_new, y, loss, with_grad=tick + 1 < run.ticks)
+        value, grad, wrong = loss_and_grad(model, x_new, y, loss, with_grad=tick + 1 < run.ticks)
         if tick >= run.counts_from:
             broken = broken | wrong
-            x_adv = torch.where(as_rows(wrong, x), x_new, x_adv)
+            x_adv = torch.where(expand_per_example(wrong, x), x_new, x_adv)
         run.observe(rows, value, grad)
         if tick + 1 < run.ticks:
             run.move(rows)
-    return Attacked(x + rows.best_delta, x_adv, broken, rows.best_value)
+    return AttackResult(x + rows.best_delta, x_adv, broken, rows.best_value)
 
 
 def apgd_each(
@@ -84,14 +84,14 @@ def apgd_each(
     all_rows = [run.begin(x) for run in runs]
     last = max(n_iters)
     for tick in range(last + 1):
-        x_new = x + choose([rows.delta for rows in all_rows], which)
-        value, grad, _ = judge(model, x_new, y, cross_entropy, with_grad=tick < last)
+        x_new = x + select_per_example([rows.delta for rows in all_rows], which)
+        value, grad, _ = loss_and_grad(model, x_new, y, cross_entropy, with_grad=tick < last)
         for run, rows in zip(runs, all_rows, strict=True):
             if tick < run.ticks:
                 run.observe(rows, value, grad)
             if tick + 1 < run.ticks:
                 run.move(rows)
-    return x + choose([rows.best_delta for rows in all_rows], which)
+    return x + select_per_example([rows.best_delta for rows in all_rows], which)
 
 
 def shrinking(eps: float, n_iter: int) -> Stages:
@@ -100,7 +100,7 @@ def shrinking(eps: float, n_iter: int) -> Stages:
     return [(3 * eps, first), (2 * eps, first), (eps, n_iter - 2 * first)]
 
 
-def judge(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_grad(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (B,), the direction of its gradient (B, ...) or zeros, and which are misclassified (B,). Parameters get no gradient."""
     with torch.set_grad_enabled(with_grad):
         x_adv = x_adv.detach().requires_grad_(with_grad)
@@ -117,7 +117,7 @@ def judge(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -
 
 
 @dataclass
-class Rows:
+class APGDState:
     """Where B runs are. The radius and what happens at a tick are in APGD's tables, common to all."""
 
     x: Tensor  # (B, ...) the clean images
@@ -130,22 +130,24 @@ class Rows:
     best_value: Tensor  # (B,)
     tick: Tensor  # (B,) int64: how many points of this run were judged
     step: Tensor  # (B,) the step size
-    rises: Tensor  # (B,) Halving: steps since the check-point that raised the loss
-    halved: Tensor  # (B,) bool, Halving: the step was halved at the last check-point
-    value_at_check: Tensor  # (B,) Halving: best loss at the last check-point
-    nonzeros: Tensor  # (B,) Sparse: entries of best_delta that are not 0, at the last check-point
-    keep: Tensor  # (B,) Sparse: how many entries a step moves
+    rises: Tensor  # (B,) HalvingController: steps since the check-point that raised the loss
+    halved: Tensor  # (B,) bool, HalvingController: the step was halved at the last check-point
+    value_at_check: Tensor  # (B,) HalvingController: best loss at the last check-point
+    nonzeros: Tensor  # (B,) SparseController: entries of best_delta that are not 0, at the last check-point
+    keep: Tensor  # (B,) SparseController: how many entries a step moves
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def pick(self, index: Tensor) -> Rows:
+    def pick(self, index: Tensor) -> APGDState:
         """The rows `index` (positions or bool)."""
-        return Rows(*(getattr(self, field.name)[index] for field in fields(self)))
+        return APGDState(*(getattr(self, field.name)[index] for field in fields(self)))
 
-    def join(self, other: Rows) -> Rows:
+    def join(self, other: APGDState) -> APGDState:
         """These rows, then the other's."""
-        return Rows(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
+        return APGDState(
+            *(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self))
+        )
 
 
 class APGD:
@@ -158,45 +160,45 @@ class APGD:
     def __init__(self, norm: Norm, stages: Stages, share: float, device: torch.device) -> None:
         if min(steps for _, steps in stages) < 1:
             raise ValueError(f"each stage of the attack needs at least one step, got {[n for _, n in stages]}")
-        self.norm, self.controller = norm, (Sparse if norm == "L1" else Halving)(norm, share)
+        self.norm, self.controller = norm, (SparseController if norm == "L1" else HalvingController)(norm, share)
         self.eps, self.starts, self.interval = _tables(norm, tuple((radius, steps) for radius, steps in stages), device)
         self.ticks = len(self.eps)
         self.counts_from = self.ticks - stages[-1][1] - 1
 
-    def begin(self, x: Tensor, delta_init: Tensor | None = None) -> Rows:
-        """Rows about to judge their first point: x (B, ...), or the projection of x + delta_init."""
+    def begin(self, x: Tensor, delta_init: Tensor | None = None) -> APGDState:
+        """APGDState about to loss_and_grad their first point: x (B, ...), or the projection of x + delta_init."""
         zero = x.new_zeros(len(x))
         start = torch.zeros_like(x) if delta_init is None else project(delta_init, x, self.norm, zero + self.eps[0])
         ticks = torch.zeros_like(zero, dtype=torch.int64)
         images = start, start, torch.zeros_like(x)
         best = start, torch.zeros_like(x), zero
-        return Rows(
+        return APGDState(
             x, *images, zero, *best, ticks, zero, zero, torch.zeros_like(zero, dtype=torch.bool), zero, zero, zero
         )
 
-    def observe(self, rows: Rows, value: Tensor, grad: Tensor) -> None:
+    def observe(self, rows: APGDState, value: Tensor, grad: Tensor) -> None:
         """Take the loss (B,) and gradient (B, ...) at rows.delta; adapt steps, and go back to the best point, at check-points."""
         starts = self.starts[rows.tick]
         rose = (value > rows.value) & ~starts
         better = (value > rows.best_value) | starts
         rows.best_value = torch.where(better, value, rows.best_value)
-        rows.best_delta = torch.where(as_rows(better, grad), rows.delta, rows.best_delta)
-        rows.best_grad = torch.where(as_rows(better, grad), grad, rows.best_grad)
+        rows.best_delta = torch.where(expand_per_example(better, grad), rows.delta, rows.best_delta)
+        rows.best_grad = torch.where(expand_per_example(better, grad), grad, rows.best_grad)
         back = self.controller.adapt(rows, rose, starts, self.interval[rows.tick], self.eps[rows.tick])
-        rows.delta = torch.where(as_rows(back, grad), rows.best_delta, rows.delta)
-        rows.grad = torch.where(as_rows(back, grad), rows.best_grad, grad)
+        rows.delta = torch.where(expand_per_example(back, grad), rows.best_delta, rows.delta)
+        rows.grad = torch.where(expand_per_example(back, grad), rows.best_grad, grad)
         rows.value = torch.where(back, rows.best_value, value)
         rows.tick = rows.tick + 1
 
-    def move(self, rows: Rows) -> None:
+    def move(self, rows: APGDState) -> None:
         """To the point that the network judges next: a step on, or the start of the next stage."""
         eps, starts = self.eps[rows.tick], self.starts[rows.tick]
-        step = rows.delta + as_rows(rows.step, rows.x) * self.controller.direction(rows)
-        new = project(torch.where(as_rows(starts, rows.x), rows.best_delta, step), rows.x, self.norm, eps)
+        step = rows.delta + expand_per_example(rows.step, rows.x) * self.controller.direction(rows)
+        new = project(torch.where(expand_per_example(starts, rows.x), rows.best_delta, step), rows.x, self.norm, eps)
         if self.controller.momentum:
             # 0.75 (new - delta) + 0.25 (delta - previous) from delta; in a stage's first step, with no step before, new alone.
             alone = starts | self.starts[rows.tick - 1]
-            share = as_rows(torch.where(alone, 0, 0.25).to(new.dtype), new)
+            share = expand_per_example(torch.where(alone, 0, 0.25).to(new.dtype), new)
             blend = torch.lerp(new, 2 * rows.delta - rows.previous, share)
             new = project(blend, rows.x, self.norm, eps)
         rows.previous, rows.delta = rows.delta, new
@@ -209,11 +211,11 @@ def _tables(norm: Norm, stages: tuple[tuple[float, int], ...], device: torch.dev
     for radius, steps in stages:
         eps += [radius] * (steps + 1)
         starts += [True] + [False] * steps
-        interval += [0, *(Sparse if norm == "L1" else Halving).check_points(steps)]
+        interval += [0, *(SparseController if norm == "L1" else HalvingController).check_points(steps)]
     return torch.tensor(eps, device=device), torch.tensor(starts, device=device), torch.tensor(interval, device=device)
 
 
-class Halving:
+class HalvingController:
     """Linf and L2: momentum, and a step from 2 eps that is halved where the loss stopped rising (arXiv 2003.01690, algorithm 1)."""
 
     momentum = True
@@ -233,11 +235,11 @@ class Halving:
                 interval, since = max(interval - shorter, shortest), 0
         return checks
 
-    def direction(self, rows: Rows) -> Tensor:
+    def direction(self, rows: APGDState) -> Tensor:
         """Of steepest ascent, length 1 in the norm."""
         return steepest(rows.grad, self.norm)
 
-    def adapt(self, rows: Rows, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
         """Set the step where a stage starts, halve it where a check-point says so: there, and (B,) bool, go back."""
         rises = rows.rises + rose
         stuck = ~rows.halved & (rows.best_value <= rows.value_at_check)
@@ -250,7 +252,7 @@ class Halving:
         return halve
 
 
-class Sparse:
+class SparseController:
     """L1: steps that move few entries, as many as the best point's sparsity suggests (arXiv 2103.01208, algorithm 1)."""
 
     momentum = False
@@ -264,11 +266,11 @@ class Sparse:
         every = max(int(0.04 * n_iter), 1)
         return [0 if (k + 1) % every else every for k in range(n_iter)]
 
-    def direction(self, rows: Rows) -> Tensor:
+    def direction(self, rows: APGDState) -> Tensor:
         """Along the largest entries of the gradient, length 1 in L1."""
         return steepest(rows.grad, "L1", rows.keep)
 
-    def adapt(self, rows: Rows, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
         """At a check-point start anew (eps, from the best point: there True, (B,)) where that became sparser, else a smaller step."""
         check = interval > 0
         nonzeros = (rows.best_delta != 0).flatten(1).sum(1).to(rows.step.dtype)
@@ -294,8 +296,8 @@ def steepest(grad: Tensor, norm: Norm, keep: Tensor | None = None) -> Tensor:
         return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view(grad.shape)
     tiny = torch.finfo(grad.dtype).tiny
     # Scaled first: the squares of a saturated network's gradients underflow.
-    scaled = grad / as_rows(grad.flatten(1).abs().amax(1).clamp(min=tiny), grad)
-    return scaled / as_rows(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
+    scaled = grad / expand_per_example(grad.flatten(1).abs().amax(1).clamp(min=tiny), grad)
+    return scaled / expand_per_example(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
 
 
 def kth_largest(size: Tensor, k: Tensor) -> Tensor:
@@ -314,14 +316,14 @@ def kth_largest(size: Tensor, k: Tensor) -> Tensor:
     return found.view(size.dtype)
 
 
-def choose(options: Sequence[Tensor], which: Tensor) -> Tensor:
+def select_per_example(options: Sequence[Tensor], which: Tensor) -> Tensor:
     """Row i of options[which[i]], for all i: options (B, ...) each, which (B,) int64."""
     chosen = options[0]
     for index, option in enumerate(options):
-        chosen = torch.where(as_rows(which == index, option), option, chosen)
+        chosen = torch.where(expand_per_example(which == index, option), option, chosen)
     return chosen
 
 
-def as_rows(per_example: Tensor, like: Tensor) -> Tensor:
+def expand_per_example(per_example: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ..., 1), to meet `like` (B, ...)."""
     return per_example.view(-1, *[1] * (like.dim() - 1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attacks.apgd import Model, as_rows, choose, judge, steepest
+from attacks.apgd import Model, expand_per_example, loss_and_grad, select_per_example, steepest
 from attacks.losses import cross_entropy
 from attacks.projections import project
 from attacks.threat import Threat
@@ -25,20 +25,20 @@ def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: i
     x = x.detach()
     delta, best = torch.zeros_like(x), torch.zeros_like(x)
     threat = torch.zeros_like(y)
-    value, grad, _ = judge(model, x, y, cross_entropy, with_grad=True)
+    value, grad, _ = loss_and_grad(model, x, y, cross_entropy, with_grad=True)
     best_value = value
     for step in range(n_iter):
         tried = [_step(delta, grad, x, each, STEPS_TO_CROSS / n_iter) for each in threats]
         last = step + 1 == n_iter
-        values = torch.stack([judge(model, x + new, y, cross_entropy, with_grad=False)[0] for new in tried])
+        values = torch.stack([loss_and_grad(model, x + new, y, cross_entropy, with_grad=False)[0] for new in tried])
         value, chosen = values.max(0)
-        delta = choose(tried, chosen)
+        delta = select_per_example(tried, chosen)
         better = value > best_value
         best_value = torch.where(better, value, best_value)
-        best = torch.where(as_rows(better, x), delta, best)
+        best = torch.where(expand_per_example(better, x), delta, best)
         threat = torch.where(better, chosen, threat)
         if not last:
-            grad = judge(model, x + delta, y, cross_entropy, with_grad=True)[1]
+            grad = loss_and_grad(model, x + delta, y, cross_entropy, with_grad=True)[1]
     return x + best, threat
 
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.apgd import Model, apgd, apgd_each, choose
+from attacks.apgd import Model, apgd, apgd_each, select_per_example
 from attacks.losses import cross_entropy
 from attacks.msd import msd
 from attacks.threat import Threat
-from utils.training import OnItsWay
+from utils.modules import AsyncScalars
 
 SCHEMES = {
     "eat": "one norm for each batch, drawn by running error",
@@ -35,16 +35,16 @@ ALL_NORMS = ("sat", "avg", "max", "msd")  # as published: with L2 too
 
 
 @dataclass(frozen=True)
-class Views:
+class AdversarialBatch:
     """What an update sees of B images: V views of each, and for each view whose ball it is in (number of threats: the clean image)."""
 
     x: Tensor  # (V, B, C, H, W)
     threat: Tensor  # (V, B) int64
 
 
-def clean_views(x: Tensor, clean: int) -> Views:
+def clean_batch(x: Tensor, clean: int) -> AdversarialBatch:
     """The images (B, C, H, W) themselves, as threat number `clean`."""
-    return Views(x[None], torch.full((1, len(x)), clean, device=x.device))
+    return AdversarialBatch(x[None], torch.full((1, len(x)), clean, device=x.device))
 
 
 class Scheme:
@@ -59,16 +59,16 @@ class Scheme:
         """For each of a batch's n images, of all processes, the threat that is drawn for it: (n,) int64 on the CPU."""
         return torch.zeros(n, dtype=torch.int64)
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
         """The views of x (B, C, H, W), y (B,), of which drawn (B,) is what `draw` said. The model is in eval mode."""
-        return clean_views(x, len(self.threats))
+        return clean_batch(x, len(self.threats))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Each image's loss (B,) of the logits (V, B, K) at its views. An update descends on its mean."""
         return cross_entropy(logits[0], y)
 
 
-class Drawn(Scheme):
+class SampledNorm(Scheme):
     """One attack an update, in a threat that is drawn for the batch, or for each of its images.
 
     By running error: E-AT (arXiv 2105.12508, section 4). Evenly: SAT where all three norms are given (Madaan et al., ICML 2021).
@@ -83,19 +83,19 @@ class Drawn(Scheme):
         drawn = torch.multinomial(torch.tensor(chances), n if self.each else 1, replacement=True, generator=generator)
         return drawn.expand(n)
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
         which = drawn.to(x.device, non_blocking=True)
         if self.each:
-            return Views(apgd_each(model, x, y, self.threats, self.n_iters, which)[None], which[None])
-        return Views(self.attacks[int(drawn[0])](model, x, y).x_best[None], which[None])
+            return AdversarialBatch(apgd_each(model, x, y, self.threats, self.n_iters, which)[None], which[None])
+        return AdversarialBatch(self.attacks[int(drawn[0])](model, x, y).x_best[None], which[None])
 
 
 class Average(Scheme):
     """AVG: the mean of the losses at the points of all threats (Tramèr & Boneh, NeurIPS 2019)."""
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
         found = torch.stack([attack(model, x, y).x_best for attack in self.attacks])
-        return Views(found, torch.arange(len(found), device=x.device)[:, None].expand(-1, len(x)))
+        return AdversarialBatch(found, torch.arange(len(found), device=x.device)[:, None].expand(-1, len(x)))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         return _cross_entropies(logits, y).mean(0)
@@ -104,22 +104,22 @@ class Average(Scheme):
 class Maximum(Scheme):
     """MAX: of each image the point of highest loss over the threats (Tramèr & Boneh, NeurIPS 2019), as the attacks found it."""
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
         found = [attack(model, x, y) for attack in self.attacks]
         worst = torch.stack([each.loss for each in found]).argmax(0)
-        return Views(choose([each.x_best for each in found], worst)[None], worst[None])
+        return AdversarialBatch(select_per_example([each.x_best for each in found], worst)[None], worst[None])
 
 
-class SteepestDescent(Scheme):
+class MultiSteepestDescent(Scheme):
     """MSD: one run whose every step is the threats' step of highest loss (Maini et al., ICML 2020)."""
 
     def __init__(self, threats: Sequence[Threat], n_iters: Sequence[int]) -> None:
         super().__init__(threats, n_iters)
         self.n_iter = n_iters[0]
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
         x_adv, threat = msd(model, x, y, self.threats, self.n_iter)
-        return Views(x_adv[None], threat[None])
+        return AdversarialBatch(x_adv[None], threat[None])
 
 
 class Ramp(Average):
@@ -154,9 +154,9 @@ class Trades(Scheme):
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         return self.scheme.draw(n, generator)
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> Views:
-        parts = clean_views(x, len(self.threats)), self.scheme.points(model, x, y, drawn)
-        return Views(torch.cat([part.x for part in parts]), torch.cat([part.threat for part in parts]))
+    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
+        parts = clean_batch(x, len(self.threats)), self.scheme.points(model, x, y, drawn)
+        return AdversarialBatch(torch.cat([part.x for part in parts]), torch.cat([part.threat for part in parts]))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         clean, adversarial = logits
@@ -174,7 +174,7 @@ def make_scheme(
     scheme: Scheme
     match name:
         case "eat" | "eat-uniform" | "eat-mixed" | "sat":
-            scheme = Drawn(threats, n_iters, by_error=name in ("eat", "eat-mixed"), each=name == "eat-mixed")
+            scheme = SampledNorm(threats, n_iters, by_error=name in ("eat", "eat-mixed"), each=name == "eat-mixed")
         case "avg":
             scheme = Average(threats, n_iters)
         case "max":
@@ -182,7 +182,7 @@ def make_scheme(
         case "msd":
             if len(set(n_iters)) > 1:
                 raise ValueError(f"msd makes one run for all norms, with one number of steps, got {list(n_iters)}")
-            scheme = SteepestDescent(threats, n_iters)
+            scheme = MultiSteepestDescent(threats, n_iters)
         case "ramp":
             if len(threats) != 2:
                 raise ValueError(f"ramp is for two norms, such as 'Linf L1', got {len(threats)}")
@@ -206,7 +206,7 @@ class RunningErrors:
 
     def __init__(self, number: int) -> None:
         self.right, self.seen = [0] * number, [0] * number
-        self._coming: deque[OnItsWay] = deque()  # updates not counted yet
+        self._coming: deque[AsyncScalars] = deque()  # updates not counted yet
 
     def all(self) -> list[float]:
         """After all updates; 1 where a threat was not met yet. Waits for the device."""
@@ -223,7 +223,7 @@ class RunningErrors:
 
     def observe(self, counts: Tensor) -> None:
         """An update's outcome: for each threat how many points were right under attack, of how many, (number, 2)."""
-        self._coming.append(OnItsWay(counts))
+        self._coming.append(AsyncScalars(counts))
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, and the updates not counted yet. Waits for the device."""
@@ -232,7 +232,7 @@ class RunningErrors:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there: the next draw knows what it would have known."""
         self.right, self.seen = list(state["right"]), list(state["seen"])
-        self._coming = deque(OnItsWay(torch.tensor(counts)) for counts in state["coming"])
+        self._coming = deque(AsyncScalars(torch.tensor(counts)) for counts in state["coming"])
 
     def _count(self, all_but: int = 0) -> None:
         while len(self._coming) > all_but:

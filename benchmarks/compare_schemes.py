@@ -48,8 +48,8 @@ from benchmarks.scheme_report import Line, Row, write_report
 from data import number_of_batches
 from plot import read_records
 from utils.cli import Parser, add_flag, natural_int, positive_int, word_list
-from utils.resume import claim, newest_run
-from utils.run import append_json_line, read_json
+from utils.resume import lock_run, newest_run
+from utils.run_folder import append_json_line, read_json
 from utils.signals import Interrupted, Signals
 from utils.state import state_files
 
@@ -507,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if not args.report_only:
             with parser.blame("--save_dir"):
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(claim(folder, seconds=0))
+                held.enter_context(lock_run(folder, seconds=0))
         try:
             jobs, failures = all_jobs(scripts, plan)
             if not args.report_only:

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
-from utils.run import new_folder, table
+from utils.run_folder import new_folder, table
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, POINTS = 20, 100

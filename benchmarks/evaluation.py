@@ -17,20 +17,20 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
-from attacks.results import summarise
-from attacks.standard import evaluate
 from attacks.threat import NORMS, Threat, threats_for
-from attacks.work import Budget, Points
 from data import load_dataset
+from evaluation.evaluate import evaluate
+from evaluation.results import accuracy_table
+from evaluation.threat_evaluator import AttackPlan, Points
 from models.pretrained import load_model
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
-from utils.training import choose_device
+from utils.distributed import choose_device
 
 OURS = {
-    "ours, standard": Budget(),
-    "ours, standard, bf16": Budget(amp="bf16"),
-    "ours, union only": Budget(union_only=True),
-    "ours, union only, bf16": Budget(union_only=True, amp="bf16"),
+    "ours, standard": AttackPlan(),
+    "ours, standard, bf16": AttackPlan(amp="bf16"),
+    "ours, union only": AttackPlan(union_only=True),
+    "ours, union only, bf16": AttackPlan(union_only=True, amp="bf16"),
 }
 OTHER = "pyautoattack"
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             result = evaluate(
                 counted, points, threats, device, OURS[name], args.batch_size_eval, args.seed, progress=False
             )
-            rows = {key: row["accuracy"] for key, row in summarise(result).items() if key != "average"}
+            rows = {key: row["accuracy"] for key, row in accuracy_table(result).items() if key != "average"}
         told = ", ".join(f"{key} {value:g}" for key, value in rows.items())
         print(f"| {name} | {counted.images} | {time.time() - start:.0f} | {told} |", flush=True)
 

@@ -3,7 +3,7 @@
 python benchmarks/speed.py --rows='update projection' --runs=3     some rows, fewer runs
 python benchmarks/speed.py --picture=docs/performance.png          where the time of an update goes
 
-Rows are markdown: median ratio (the other's time over ours), smallest and largest, goal. docs/PERFORMANCE.md has results.
+APGDState are markdown: median ratio (the other's time over ours), smallest and largest, goal. docs/PERFORMANCE.md has results.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywh
 
 import attacks.apgd as apgd_module
 import train
-from attacks.multinorm import Scheme, clean_views
+from attacks.multinorm import Scheme, clean_batch
 from attacks.projections import project_l1
 from attacks.threat import NORMS, Norm, Threat, threats_for
 from benchmarks import libraries
 from data import Split, batches, load_dataset
 from models import build_model
 from utils.cli import Parser, add_flag, positive_int, word_list
-from utils.speed import Amp, in_format, keep_memory
-from utils.training import eval_mode, frozen
+from utils.modules import eval_mode, no_param_grad
+from utils.precision import Amp, autocast_model, keep_freed_memory
 
 CPU = torch.device("cpu")
 KEY_NORMS: tuple[Norm, Norm] = ("Linf", "L1")
@@ -99,7 +99,7 @@ def plain_forward(block: Any, x: Tensor) -> Tensor:
 def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
     """An update after so many steps of an attack in a norm; amp None: the plain way, with adv-lib's APGD."""
     model = network(plain=amp is None).train()
-    forward = in_format(model, CPU, amp or "off")
+    forward = autocast_model(model, CPU, amp or "off")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     draws = torch.Generator().manual_seed(0)
@@ -114,9 +114,9 @@ def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
             x_adv = libraries.adv_lib(model, x, y, threat, n_iter)
             model.train()
         else:
-            with eval_mode(model), frozen(model):
+            with eval_mode(model), no_param_grad(model):
                 x_adv = apgd_module.apgd(forward, x, y, threat, n_iter).x_best
-        train.update(forward, optimizer, scaler, standard, [(clean_views(x_adv, 0), y)])
+        train.update(forward, optimizer, scaler, standard, [(clean_batch(x_adv, 0), y)])
 
     return update
 
@@ -125,19 +125,19 @@ def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
 def timed_passes() -> Iterator[list[float]]:
     """Seconds of the attacks' passes (forward, loss, backward to the images) inside."""
     spent: list[float] = []
-    judge = apgd_module.judge
+    loss_and_grad = apgd_module.loss_and_grad
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        found = judge(*args, **kwargs)
+        found = loss_and_grad(*args, **kwargs)
         spent.append(time.perf_counter() - start)
         return found
 
-    apgd_module.judge = timed  # type: ignore[assignment]
+    apgd_module.loss_and_grad = timed  # type: ignore[assignment]
     try:
         yield spent
     finally:
-        apgd_module.judge = judge
+        apgd_module.loss_and_grad = loss_and_grad
 
 
 def rows_update(batch_size: int, runs: int) -> None:
@@ -162,7 +162,7 @@ def rows_update(batch_size: int, runs: int) -> None:
 def print_update(batch_size: int, way: str, norm: Norm) -> None:
     """Seconds of an update, and peak MB over what the process had before any. Linux only."""
     if way != "plain":
-        keep_memory()  # as train.py does
+        keep_freed_memory()  # as train.py does
     update = updater(batch_size, WAYS[way])
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
@@ -243,7 +243,7 @@ def random_start(x: Tensor, threat: Threat) -> Tensor:
 
 def rows_projection(batch_size: int, runs: int) -> None:
     """L1 ball and box: after a step of the attack, whose points are sparse."""
-    keep_memory()  # as train.py and eval.py do; it speeds up both
+    keep_freed_memory()  # as train.py and eval.py do; it speeds up both
     from adv_lib.attacks.auto_pgd import l1_projection
 
     for n, size, eps in ((128, 3072, 12.0), (16, 150_528, 255.0)):
@@ -302,7 +302,7 @@ def draw_picture(path: Path, batch_size: int) -> None:
     for place, (name, amp) in enumerate(WAYS.items()):
         update = updater(batch_size, amp)
         if amp:
-            keep_memory()
+            keep_freed_memory()
         update("Linf", 10)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             update("Linf", 10)

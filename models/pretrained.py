@@ -19,7 +19,7 @@ from models import Spec, build_model
 from models.robustbench_zoo import THREATS, load_robustbench
 from models.wide_resnet import WideResNet
 from utils.checkpoint import load_tensors, state_dict_of
-from utils.run import made_folder
+from utils.run_folder import new_folder_or_nothing
 
 AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_Linf.pth, pretr_L2.pth, pretr_L1.pth
 
@@ -192,7 +192,7 @@ def download_authors_file(file_name: str, model_dir: Path) -> None:
     try:
         files = gdown.download_folder(id=AUTHORS_FOLDER, skip_download=True, quiet=True) or []
         [file_id] = [file.id for file in files if Path(file.path).name == file_name]
-        with made_folder(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
+        with new_folder_or_nothing(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
             path = Path(part) / file_name
             gdown.download(id=file_id, output=str(path), quiet=False)
             _from_file(path, "cifar10")

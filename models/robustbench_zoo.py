@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from utils.run import made_folder
+from utils.run_folder import new_folder_or_nothing
 
 THREATS = ("Linf", "L2")
 DATASETS = ("cifar10", "cifar100", "imagenet")
@@ -40,7 +40,7 @@ def load_robustbench(model_id: str, threat: str | None, dataset: str, model_dir:
             except Exception as error:  # whatever the library raises, the file is what is wrong
                 raise ValueError(f"{place / model_id}.pt holds no {model_id}: {_first_line(error)}") from error
         try:
-            with made_folder(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
+            with new_folder_or_nothing(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
                 model = load_model(model_id, model_dir=part, dataset=dataset, threat_model=threat)
                 place.mkdir(parents=True, exist_ok=True)
                 for file in (Path(part) / dataset / threat).glob("*"):

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from attacks.apgd import APGD, EVALUATION_SHARE, Attacked, Halving, Rows, apgd, judge, kth_largest, shrinking
+from attacks.apgd import (
+    APGD,
+    EVALUATION_SHARE,
+    APGDState,
+    AttackResult,
+    HalvingController,
+    apgd,
+    kth_largest,
+    loss_and_grad,
+    shrinking,
+)
 from attacks.losses import cross_entropy, dlr, margin_targeted
 from attacks.projections import project
 from attacks.threat import NORMS, Norm, Threat, threats_for
@@ -27,11 +37,11 @@ def apgd_shrinking(  # how evaluation runs L1, here for every norm
     n_iter: int = 100,
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     delta_init: Tensor | None = None,
-) -> Attacked:
+) -> AttackResult:
     return apgd(model, x, y, threat, 0, loss, delta_init, EVALUATION_SHARE, shrinking(threat.eps, n_iter))
 
 
-Attack = Callable[..., Attacked]
+Attack = Callable[..., AttackResult]
 ATTACKS = [(apgd, norm) for norm in NORMS] + [(apgd_shrinking, norm) for norm in NORMS]
 RADII: dict[Norm, float] = {"Linf": 0.1, "L2": 0.7, "L1": 4.0}
 SHAPE = (3, 8, 8)
@@ -278,7 +288,7 @@ def test_a_stage_of_l1_starts_at_the_projection_of_the_best_point_and_keeps_its_
     rows = run.begin(x, delta)
     for _ in range(8):
         judged = rows.delta
-        run.observe(rows, *judge(model, x + judged, y, cross_entropy, True)[:2])
+        run.observe(rows, *loss_and_grad(model, x + judged, y, cross_entropy, True)[:2])
         run.move(rows)
     torch.testing.assert_close(judged, project(first.x_best - x, x, "L1", radius), rtol=0, atol=1e-9)
     torch.testing.assert_close(rows.keep, (judged != 0).flatten(1).sum(1) / 1.5, check_dtype=False)
@@ -286,15 +296,15 @@ def test_a_stage_of_l1_starts_at_the_projection_of_the_best_point_and_keeps_its_
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_rows_out_of_step_go_the_same_way(norm: Norm) -> None:
-    """Rows that join late and leave early, as in evaluation, see the points that they would see alone."""
+    """APGDState that join late and leave early, as in evaluation, see the points that they would see alone."""
     model, (x, y) = convolutions(), points(classes=5)
     run = APGD(norm, [(2 * RADII[norm], 4), (RADII[norm], 9)], 0.2, x.device)
     seen: list[list[Tensor]] = [[] for _ in range(ROWS)]
 
-    def turn(rows: Rows, who: Tensor) -> None:
+    def turn(rows: APGDState, who: Tensor) -> None:
         for i, image in zip(who.tolist(), rows.x + rows.delta, strict=True):
             seen[i].append(image)
-        run.observe(rows, *judge(model, rows.x + rows.delta, y[who], cross_entropy, with_grad=True)[:2])
+        run.observe(rows, *loss_and_grad(model, rows.x + rows.delta, y[who], cross_entropy, with_grad=True)[:2])
 
     who = torch.arange(ROWS // 2)
     rows = run.begin(x[who])
@@ -313,7 +323,7 @@ def test_rows_out_of_step_go_the_same_way(norm: Norm) -> None:
         for tick in range(run.ticks):
             expected = torch.stack([seen[i][tick] for i in range(ROWS)[half]])
             torch.testing.assert_close(rows.x + rows.delta, expected, rtol=1e-4, atol=1e-5)
-            run.observe(rows, *judge(model, rows.x + rows.delta, y[half], cross_entropy, with_grad=True)[:2])
+            run.observe(rows, *loss_and_grad(model, rows.x + rows.delta, y[half], cross_entropy, with_grad=True)[:2])
             if tick + 1 < run.ticks:
                 run.move(rows)
     assert {len(images) for images in seen} == {run.ticks}
@@ -381,7 +391,7 @@ def test_runs_on_meta_so_it_never_waits_for_data(attack: Attack, norm: Norm) -> 
     ],
 )
 def test_check_points(n_iter: int, expected: list[int]) -> None:
-    intervals = Halving("Linf", 0.05).check_points(n_iter)
+    intervals = HalvingController("Linf", 0.05).check_points(n_iter)
     assert [k + 1 for k, interval in enumerate(intervals) if interval] == expected
     assert torch.tensor(intervals).cumsum(0)[torch.tensor(expected) - 1].tolist() == expected
 

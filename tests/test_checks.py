@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import network_warnings, result_warnings
-from attacks.results import Evaluation, Run, Tally
 from attacks.threat import Threat
+from evaluation.checks import network_warnings, result_warnings
+from evaluation.results import AttackLog, AttackRun, Evaluation
 
 
 def points() -> tuple[Tensor, Tensor]:
@@ -61,9 +61,9 @@ def test_few_classes_are_told(classes: int) -> None:
 
 @pytest.mark.parametrize(("late", "warned"), [(0, False), (2, False), (3, True), (30, True)])
 def test_runs_that_still_break_at_the_end(late: int, warned: bool) -> None:
-    n, runs = 200, [Run("CE"), Run("T", 1)]
+    n, runs = 200, [AttackRun("CE"), AttackRun("T", 1)]
     broken_by = torch.tensor([1] * late + [0] * 50 + [-1] * (n - 50 - late))
-    tally = Tally(runs, torch.ones(n, 2, dtype=torch.int32), broken_by)
-    told = result_warnings(Evaluation(torch.ones(n, dtype=torch.bool), {Threat("L2", 0.5): tally}))
+    log = AttackLog(runs, torch.ones(n, 2, dtype=torch.int32), broken_by)
+    told = result_warnings(Evaluation(torch.ones(n, dtype=torch.bool), {Threat("L2", 0.5): log}))
     assert len(told) == warned
     assert all("L2 0.5" in warning and str(late) in warning for warning in told)

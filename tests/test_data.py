@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import DATASETS, Split, _Cuts, _from_workers, batches, load_dataset, number_of_batches
+from data import DATASETS, Split, TensorBatches, _from_workers, batches, load_dataset, number_of_batches
 
 
 def digest(tensor: Tensor) -> str:
@@ -160,7 +160,7 @@ def test_augment_is_a_crop_perhaps_mirrored(shape: tuple[int, int, int], padding
     assert len(expected) == len(kinds)
     n = 80 * len(kinds)
     split = Split(image.expand(n, *shape), torch.zeros(n, dtype=torch.int64), 255, padding, flip)
-    out, _ = _Cuts(split, n, torch.Generator().manual_seed(1))[0]
+    out, _ = TensorBatches(split, n, torch.Generator().manual_seed(1))[0]
     assert out.shape == (n, *shape)
     assert out.dtype == torch.uint8
     assert out.is_contiguous()
@@ -173,7 +173,9 @@ def test_augment_is_a_crop_perhaps_mirrored(shape: tuple[int, int, int], padding
 
 def test_augment_keeps_images_apart() -> None:
     images = torch.arange(1, 31, dtype=torch.uint8).view(30, 1, 1, 1).expand(30, 3, 4, 4)
-    out, labels = _Cuts(Split(images, torch.arange(1, 31), 255, 1, True), 30, torch.Generator().manual_seed(0))[0]
+    out, labels = TensorBatches(Split(images, torch.arange(1, 31), 255, 1, True), 30, torch.Generator().manual_seed(0))[
+        0
+    ]
     for image, label in zip(out, labels, strict=True):
         assert set(image.unique().tolist()) <= {0, int(label)}
         assert torch.equal(image[0], image[1])
@@ -182,7 +184,7 @@ def test_augment_keeps_images_apart() -> None:
 @pytest.mark.parametrize("n", [1, 23])
 def test_workers_cut_the_same_batches(n: int) -> None:
     split = numbered(n, flip=True)
-    cuts = _Cuts(split, 8, torch.Generator().manual_seed(0))
+    cuts = TensorBatches(split, 8, torch.Generator().manual_seed(0))
     here = [cuts[i] for i in range(len(cuts))]
     there = list(_from_workers(cuts, range(len(cuts)), 1, torch.device("cpu")))
     assert len(here) == len(there) == number_of_batches(n, 8)

@@ -1,4 +1,4 @@
-"""Extra images: their share in each batch, files that are mapped, pickles that can't run code, a run that goes on."""
+"""Extra images: their share in each batch, files that are mmap_npz, pickles that can't run code, a run that goes on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import train
 from data import Dataset, Extra, FolderSplit, Mixed, Split, batches, load_dataset, load_extra, mix, number_of_batches
-from utils.arrays import mapped, unpickled
+from utils.arrays import load_pickled_arrays, mmap_npz
 from utils.state import newest_state
 
 SIZES = [(40, 100, 8, 0.5), (43, 100, 8, 0.5), (41, 17, 12, 0.7), (30, 5, 10, 0.1), (5, 3, 64, 0.5), (20, 7, 2, 0.9)]
@@ -213,7 +213,7 @@ def test_an_npz_of_other_programs(digits: Dataset) -> None:
     assert has(load_extra("more.npz", digits), image, label)
 
 
-class Sparse(io.FileIO):
+class SparseController(io.FileIO):
     """A file in which zeros take no room."""
 
     def write(self, data: Any) -> int:
@@ -224,14 +224,14 @@ class Sparse(io.FileIO):
 
 
 def anonymous_memory() -> int:
-    """Of this process, without mapped files, in bytes."""
+    """Of this process, without mmap_npz files, in bytes."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return 1024 * int(line.split()[1])
 
 
 def test_images_are_mapped_not_read(digits: Dataset) -> None:
     n, zeros = 700_000, bytes(8_601_600)
-    with Sparse("large.npz", "w") as file, zipfile.ZipFile(file, "w") as archive:
+    with SparseController("large.npz", "w") as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("image.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (n, 32, 32, 3)}
             np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
@@ -246,7 +246,7 @@ def test_images_are_mapped_not_read(digits: Dataset) -> None:
     assert extra.content.startswith("700000 images ")
     assert sum(len(y) for _, y in batches(mix(standard, extra, 30, 0.5), 30, 0, 0)) == 180
     assert anonymous_memory() - before < 50e6
-    assert isinstance(mapped(Path("large.npz"), "image")[0], np.memmap)
+    assert isinstance(mmap_npz(Path("large.npz"), "image")[0], np.memmap)
     # A worker that is not forked gets the file's name.
     assert len(pickle.dumps(extra)) < 1000
     again = pickle.loads(pickle.dumps(extra))
@@ -305,7 +305,7 @@ def test_a_pickle_of_python_2() -> None:
     )
     data += b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x03\x01\x80\xfftbs."
     Path("old.pickle").write_bytes(data)
-    assert unpickled(Path("old.pickle"), "data")[0].tolist() == [1, 128, 255]
+    assert load_pickled_arrays(Path("old.pickle"), "data")[0].tolist() == [1, 128, 255]
 
 
 class Calls:
@@ -349,7 +349,7 @@ def test_a_dtype_that_lies_about_its_objects_is_refused() -> None:
     data += b"cnumpy\ndtype\nU\x02O8K\x00K\x01\x87R" + setstate + b"\x89U\x08AAAAAAAAtbs."
     Path("lies.pickle").write_bytes(data)
     with pytest.raises(ValueError, match="only numbers are read"):
-        unpickled(Path("lies.pickle"), "data")
+        load_pickled_arrays(Path("lies.pickle"), "data")
 
 
 @pytest.mark.parametrize("kind", ["npz", "pickle"])
@@ -357,12 +357,12 @@ def test_damaged_files_are_refused_or_read(kind: str) -> None:
     draws, (image, label) = random.Random(0), arrays(5)
     save("good.npz", image, label)
     good = Path("good.npz").read_bytes() if kind == "npz" else ours(4, image=image, label=label)
-    read, refused, path = mapped if kind == "npz" else unpickled, 0, Path("bad")
+    read, refused, path = mmap_npz if kind == "npz" else load_pickled_arrays, 0, Path("bad")
     for number in range(400):
         data = bytearray(good)
         for _ in range(draws.randrange(1, 4)):
             data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
-        path.unlink(missing_ok=True)  # one that is mapped is not to change
+        path.unlink(missing_ok=True)  # one that is mmap_npz is not to change
         path.write_bytes(data if number % 2 else good[: draws.randrange(len(good))])
         try:
             read(path, "image", "label")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.gradient_projection import GradientProjection
+from training.gradient_projection import GradientProjection
 
 
 def halves(model: nn.Linear, natural: list[float], adversarial: list[float]) -> GradientProjection:

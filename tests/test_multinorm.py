@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from attacks.apgd import apgd
 from attacks.msd import msd
-from attacks.multinorm import SCHEMES, Drawn, RunningErrors, Scheme, make_scheme
+from attacks.multinorm import SCHEMES, SampledNorm, RunningErrors, Scheme, make_scheme
 from attacks.threat import NORMS, Threat
-from utils.training import tally
+from training.metrics import per_threat_sums
 
 LINF, L2, L1 = Threat("Linf", 0.1), Threat("L2", 0.5), Threat("L1", 3.0)
 THREATS = [LINF, L2, L1]
@@ -66,10 +66,10 @@ def test_chances_follow_the_counts_of_the_whole_run(updates: list[tuple[int, int
         assert errors.chances() == pytest.approx([0.5, 0.5])
 
 
-def after(name: str, *rows: tuple[int, int]) -> Drawn:
+def after(name: str, *rows: tuple[int, int]) -> SampledNorm:
     """A scheme that has met its threats so."""
     scheme = make_scheme(name, THREATS[: len(rows)], [1] * len(rows))
-    assert isinstance(scheme, Drawn)
+    assert isinstance(scheme, SampledNorm)
     scheme.errors.observe(counts(*rows))
     scheme.errors.all()
     return scheme
@@ -285,7 +285,7 @@ def test_ramp_by_hand() -> None:
 
 
 def test_trades_by_hand(trained: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
-    """Views are clean and adversarial; cross-entropy is clean, KL from clean to adversarial."""
+    """AdversarialBatch are clean and adversarial; cross-entropy is clean, KL from clean to adversarial."""
     scheme = make_scheme("eat", [LINF, L1], [2, 2], trades_beta=6.0)
     y = torch.zeros(4, dtype=torch.int64)
     by_hand = [-math.log(q) + 6 * kl(q, r) for q, r in zip(Q, R, strict=True)]
@@ -336,14 +336,14 @@ def test_no_scheme_waits_for_the_device(name: str) -> None:
     points = scheme.points(model, x, y, drawn)
     logits = model(points.x.flatten(0, 1)).unflatten(0, points.threat.shape)
     assert scheme.loss(logits, y).shape == (8,)
-    assert tally(logits, y, points.threat, len(threats) + 1).shape == (len(threats) + 1, 3)
+    assert per_threat_sums(logits, y, points.threat, len(threats) + 1).shape == (len(threats) + 1, 3)
 
 
 def test_a_tally_by_hand() -> None:
     """Two views of two images; the second image's second view is clean, and what is not finite stays in its row."""
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 3.0], [float("nan"), 0.0]]])
     y = torch.tensor([0, 0])
-    told = tally(logits, y, torch.tensor([[0, 1], [1, 2]]), 3)
+    told = per_threat_sums(logits, y, torch.tensor([[0, 1], [1, 2]]), 3)
     own = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(1)) + math.log(1 + math.exp(3))]
     assert told[:2].flatten().tolist() == pytest.approx([own[0], 1, 1, own[1], 0, 2])
     assert math.isnan(told[2, 0])

@@ -64,13 +64,13 @@ def plain_apgd(model: nn.Module, image: Tensor, label: int, norm: Norm, eps: flo
     """Highest loss of one example (1, C, H, W), from the clean point (arXiv 2003.01690, algorithm 1; 2103.01208, algorithm 1)."""
     x = image.double().flatten().numpy()
 
-    def judge(delta: Array) -> tuple[float, Array]:
+    def loss_and_grad(delta: Array) -> tuple[float, Array]:
         point = torch.from_numpy(x + delta).view(image.shape).requires_grad_(True)
         loss = nn.functional.cross_entropy(model(point), torch.tensor([label]))
         return loss.item(), torch.autograd.grad(loss, point)[0].flatten().numpy()
 
     delta = previous = best = np.zeros_like(x)
-    value, grad = judge(delta)
+    value, grad = loss_and_grad(delta)
     best_value, best_grad, value_at_check = value, grad, value
     step, keep, nonzeros = (eps, 0.05 * len(x), float(len(x))) if norm == "L1" else (2 * eps, 0.0, 0.0)
     halved, rises, since = True, 0, 0
@@ -82,7 +82,7 @@ def plain_apgd(model: nn.Module, image: Tensor, label: int, norm: Norm, eps: flo
         if norm != "L1" and k > 0:
             new = project(delta + 0.75 * (new - delta) + 0.25 * (delta - previous), x, norm, eps)
         previous, delta = delta, new
-        last, (value, grad) = value, judge(delta)
+        last, (value, grad) = value, loss_and_grad(delta)
         rises, since = rises + (value > last), since + 1
         if value > best_value:
             best, best_value, best_grad = delta, value, grad

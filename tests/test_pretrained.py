@@ -17,7 +17,7 @@ from PIL import Image
 
 from models import build_model, pretrained
 from models.pretrained import load_model
-from utils.checkpoint import load_tensors, save_whole
+from utils.checkpoint import load_tensors, save_atomic
 
 IMAGES = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
 
@@ -105,7 +105,7 @@ def test_robustbench_from_a_file_in_place_and_its_fine_tuned_checkpoint(tmp_path
         loaded = load_model(name, str(tmp_path), "cifar10")
         assert loaded.spec == spec
         assert torch.equal(loaded.model(IMAGES), theirs(IMAGES))
-    save_whole({"spec": loaded.spec, "state_dict": loaded.model.state_dict()}, tmp_path / "ep_3.pth")
+    save_atomic({"spec": loaded.spec, "state_dict": loaded.model.state_dict()}, tmp_path / "ep_3.pth")
     assert torch.equal(load_model(str(tmp_path / "ep_3.pth"), ".", "cifar10").model.eval()(IMAGES), theirs(IMAGES))
 
 
@@ -206,7 +206,7 @@ def test_robustbench_networks_that_cannot_be_had(tmp_path: Path, monkeypatch: py
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ep_1.pth"
-    save_whole({"epoch": 1}, path)
+    save_atomic({"epoch": 1}, path)
 
     def fails(content: object, file: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
@@ -214,7 +214,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(OSError, match="No space"):
-        save_whole({"epoch": 2}, path)
+        save_atomic({"epoch": 2}, path)
     assert load_tensors(path) == {"epoch": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["ep_1.pth"]
 

@@ -18,7 +18,7 @@ import torch
 
 import eval as eval_script
 import train
-from utils.distributed import SharedBatchNorm, share_statistics
+from utils.distributed import SyncBatchNorm, sync_batchnorm
 from utils.state import newest_state
 
 Launch = Callable[..., ForkServerProcess]
@@ -196,7 +196,7 @@ def test_shared_statistics_change_nothing_else() -> None:
     x = torch.randn(5, 3, 6, 6)
     model(x)
     before, expected = model.state_dict(), model.eval()(x)
-    shared = share_statistics(model.train(), torch.device("cpu"))
-    assert sum(isinstance(module, SharedBatchNorm) for module in shared.modules()) == 2
+    shared = sync_batchnorm(model.train(), torch.device("cpu"))
+    assert sum(isinstance(module, SyncBatchNorm) for module in shared.modules()) == 2
     assert shared.state_dict().keys() == before.keys()
     assert torch.equal(shared.eval()(x), expected)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from utils.schedules import lr_schedule
-from utils.training import choose_device, eval_mode, frozen, generator, parameter_groups, set_lr
+from training.optim import lr_schedule, parameter_groups, set_lr
+from utils.distributed import choose_device
+from utils.modules import eval_mode, generator, no_param_grad
 
 
 @pytest.mark.parametrize("steps", [1, 7, 98, 391])
@@ -111,7 +112,7 @@ def test_eval_mode_and_frozen_restore_after_an_exception() -> None:
     model = network().train()
     model[1].eval()
     before = modes(model)
-    with pytest.raises(KeyError), eval_mode(model), frozen(model):
+    with pytest.raises(KeyError), eval_mode(model), no_param_grad(model):
         raise KeyError
     assert modes(model) == before
     assert all(p.requires_grad for p in model.parameters())
@@ -121,7 +122,7 @@ def test_frozen_restores_each_parameter() -> None:
     model = network()
     model[0].weight.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    with frozen(model) as inside:
+    with no_param_grad(model) as inside:
         assert inside is model
         assert not any(p.requires_grad for p in model.parameters())
     assert [p.requires_grad for p in model.parameters()] == before

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 import models.preact_resnet as preact_resnet
 import train
-from attacks.apgd import apgd, judge
+from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
-from attacks.multinorm import SCHEMES, Scheme, clean_views, make_scheme
+from attacks.multinorm import SCHEMES, Scheme, clean_batch, make_scheme
 from attacks.threat import NORMS, RADII, Norm, Threat
 from data import Split, batches, load_dataset
 from models import build_model
-from utils.speed import check_format, in_format, set_up
-from utils.training import Meter, OnItsWay, Watch, eval_mode, frozen
+from training.metrics import EpochMetrics, NonFiniteGuard
+from utils.modules import AsyncScalars, eval_mode, no_param_grad
+from utils.precision import autocast_model, check_amp, set_up_torch
 
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: Norm, t
     x, y = load_dataset("digits", "").test.first(64).pixels()
     threat = Threat(norm, RADII["digits"][norm])
     whole = apgd(trained, x, y, threat, 10)
-    half = apgd(in_format(trained, CPU, amp), x, y, threat, 10)  # type: ignore[arg-type]
+    half = apgd(autocast_model(trained, CPU, amp), x, y, threat, 10)  # type: ignore[arg-type]
     assert half.x_best.dtype == half.loss.dtype == torch.float32
     assert bool(threat.contains(x, half.x_best).all())
     reached = F.cross_entropy(trained(half.x_best), y)
@@ -86,30 +87,30 @@ def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: Norm, t
 def test_small_gradients_survive_float16() -> None:
     # The gradient of a sure answer's cross-entropy, 2e-8 here, is no float16.
     weight = torch.tensor([[0.5, -0.5], [-0.25, 0.25]])
-    model = in_format(nn.Linear(2, 2, bias=False), CPU, "fp16")
+    model = autocast_model(nn.Linear(2, 2, bias=False), CPU, "fp16")
 
     def network(x: Tensor) -> Tensor:
         return x.half() @ weight.half() + torch.tensor([17.0, 0.0], dtype=torch.float16)
 
     assert model(torch.rand(1, 2)).dtype == torch.float16
-    _, grad, _ = judge(network, torch.full((1, 2), 0.5), torch.tensor([0]), cross_entropy, True)
+    _, grad, _ = loss_and_grad(network, torch.full((1, 2), 0.5), torch.tensor([0]), cross_entropy, True)
     assert grad.sign().tolist() == [[-1.0, 1.0]]
 
 
 def test_fp16_is_for_cuda() -> None:
-    check_format(CPU, "bf16")
+    check_amp(CPU, "bf16")
     with pytest.raises(ValueError, match="take bf16"):
-        check_format(CPU, "fp16")
+        check_amp(CPU, "fp16")
 
 
 def test_set_up_sets_threads_and_what_suits_training() -> None:
     before = torch.get_num_threads()
     try:
-        set_up(1, tf32=True)
+        set_up_torch(1, tf32=True)
         assert torch.get_num_threads() == 1
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
     finally:
-        set_up(before, tf32=False)
+        set_up_torch(before, tf32=False)
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
 
 
@@ -122,12 +123,12 @@ def test_attack_update_and_meter_run_on_meta(norm: Norm | None) -> None:
         x, y = torch.rand(8, 3, 12, 12), torch.zeros(8, dtype=torch.int64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    meter = Meter([], meta)
+    meter = EpochMetrics([], meta)
     if norm:
-        with frozen(model):
+        with no_param_grad(model):
             x = apgd(model.eval(), x, y, Threat(norm, 0.5), 3).x_best
         model.train()
-    halves = [(clean_views(part, 0), labels) for part, labels in zip(x.split(4), y.split(4), strict=True)]
+    halves = [(clean_batch(part, 0), labels) for part, labels in zip(x.split(4), y.split(4), strict=True)]
     sums = train.update(model, optimizer, scaler, Scheme([]), halves, grad_clip=1)
     meter.observe(sums[1:].view(-1, 3), len(x), len(x))
     assert (sums.device, sums.shape, meter.sums.device) == (meta, (4,), meta)
@@ -139,8 +140,8 @@ def test_an_update_in_fp16_scales_its_gradients() -> None:
     x, y = load_dataset("digits", "").train.first(32).pixels()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=5, enabled=True)
-    batch = [(clean_views(x, 0), y)]
-    half = in_format(model, CPU, "fp16")
+    batch = [(clean_batch(x, 0), y)]
+    half = autocast_model(model, CPU, "fp16")
     losses = [float(train.update(half, optimizer, scaler, Scheme([]), batch)[0]) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
     assert scaler.get_scale() == 1024 * 2**6  # doubled after each five updates
@@ -148,7 +149,7 @@ def test_an_update_in_fp16_scales_its_gradients() -> None:
 
 def test_a_number_on_its_way_is_not_changed_by_what_comes_after() -> None:
     value = torch.tensor(3)
-    coming = OnItsWay(value)
+    coming = AsyncScalars(value)
     value += 1
     assert coming.numbers() == 3
 
@@ -166,7 +167,7 @@ def test_softplus_in_bf16() -> None:
 def test_freed_memory_is_kept_for_the_next_tensors() -> None:
     """Of more than 32 MB, which glibc as it comes gives back; the heap grows a few times until one fits between others."""
     script = (
-        "import resource, torch; from utils.speed import keep_memory; keep_memory()\n"
+        "import resource, torch; from utils.precision import keep_freed_memory; keep_freed_memory()\n"
         "for _ in range(24): torch.zeros(9, 2**20).add_(1); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
     )
     told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout
@@ -185,7 +186,7 @@ def test_training_never_waits_for_the_gpu(name: str) -> None:
         torch.amp.GradScaler(enabled=False),
         make_scheme(name, [Threat("Linf", 0.1), Threat("L1", 12)], [3, 3]),
     )
-    meter, watch = Meter(["Linf", "L1"], device), Watch(["Linf", "L1", "clean"])
+    meter, watch = EpochMetrics(["Linf", "L1"], device), NonFiniteGuard(["Linf", "L1", "clean"])
     split = Split(
         torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device=device),
         torch.zeros(64, dtype=torch.int64, device=device),
@@ -199,7 +200,7 @@ def test_training_never_waits_for_the_gpu(name: str) -> None:
         torch.cuda.set_sync_debug_mode("error" if epoch else "default")
         for step, (x, y) in enumerate(parts):
             drawn = scheme.draw(len(x), torch.Generator().manual_seed(step))
-            with eval_mode(model), frozen(model):
+            with eval_mode(model), no_param_grad(model):
                 points = scheme.points(model, x, y, drawn)
             sums = train.update(model, optimizer, scaler, scheme, [(points, y)])
             table = sums[1:].view(-1, 3)

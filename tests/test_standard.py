@@ -17,13 +17,13 @@ from attacks import apgd as apgd_module
 from attacks.apgd import EVALUATION_SHARE, apgd, shrinking
 from attacks.losses import cross_entropy, dlr_targeted
 from attacks.projections import project
-from attacks.results import Evaluation, Run
-from attacks.standard import evaluate
 from attacks.threat import NORMS, RADII, Threat, threats_for
-from attacks.work import Budget, Points, image_path, random_starts
 from data import load_dataset
+from evaluation.evaluate import evaluate
+from evaluation.results import AttackRun, Evaluation
+from evaluation.threat_evaluator import AttackPlan, Points, image_path, random_starts
 from models import build_model
-from utils.training import parameter_groups
+from training.optim import parameter_groups
 
 CPU = torch.device("cpu")
 N = 60
@@ -63,7 +63,9 @@ def evaluations(
     found = {}
     for size in BATCH_SIZES:
         counter, folder = Counter(network), tmp_path_factory.mktemp("evaluation")
-        evaluation = evaluate(counter, points, THREATS, CPU, Budget(n_iter=N_ITER), size, folder=folder, progress=False)
+        evaluation = evaluate(
+            counter, points, THREATS, CPU, AttackPlan(n_iter=N_ITER), size, folder=folder, progress=False
+        )
         found[size] = evaluation, counter.images, folder
     return found
 
@@ -76,9 +78,8 @@ def whole(evaluations: dict[int, tuple[Evaluation, int, Path]]) -> Evaluation:
 def same(one: Evaluation, other: Evaluation) -> bool:
     """The same points broken by the same runs after as many passes."""
     return torch.equal(one.clean, other.clean) and all(
-        torch.equal(one.tallies[threat].broken_by, tally.broken_by)
-        and torch.equal(one.tallies[threat].passes, tally.passes)
-        for threat, tally in other.tallies.items()
+        torch.equal(one.logs[threat].broken_by, log.broken_by) and torch.equal(one.logs[threat].passes, log.passes)
+        for threat, log in other.logs.items()
     )
 
 
@@ -97,7 +98,7 @@ def test_the_passes_are_counted_to_the_pass(
 ) -> None:
     evaluation, images, _ = evaluations[size]
     clean, checks = N, 2 * size
-    assert images == clean + checks + sum(int(tally.passes.sum()) for tally in evaluation.tallies.values())
+    assert images == clean + checks + sum(int(log.passes.sum()) for log in evaluation.logs.values())
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
@@ -107,10 +108,10 @@ def test_each_run_is_that_of_a_lock_step_attack_cut_at_the_first_break(
     x, y = points.x(torch.arange(N)), points.y
     order = network(x).argsort(dim=1, descending=True)
     right = order[:, 0] == y
-    tally = whole.tallies[threat]
-    passes, broken_by = torch.zeros(N, len(tally.runs), dtype=torch.int32), torch.full((N,), -1)
-    assert len(tally.runs) == (11 if threat.norm == "L1" else 10)
-    for number, run in enumerate(tally.runs):
+    log = whole.logs[threat]
+    passes, broken_by = torch.zeros(N, len(log.runs), dtype=torch.int32), torch.full((N,), -1)
+    assert len(log.runs) == (11 if threat.norm == "L1" else 10)
+    for number, run in enumerate(log.runs):
         stages = shrinking(threat.eps, N_ITER) if threat.norm == "L1" else [(threat.eps, N_ITER)]
         if run.kind == "brief":
             stages = [(threat.eps, N_ITER // 5)]
@@ -134,25 +135,25 @@ def test_each_run_is_that_of_a_lock_step_attack_cut_at_the_first_break(
         spent = torch.where(breaks, wrong_at.int().argmax(0) + 1, ticks)
         passes[:, number] = torch.where(left, spent, 0)
         broken_by[left & breaks] = number
-    assert torch.equal(tally.broken_by, broken_by)
-    assert torch.equal(tally.passes, passes)
+    assert torch.equal(log.broken_by, broken_by)
+    assert torch.equal(log.passes, passes)
 
 
 def test_points_never_attacked_cost_nothing(whole: Evaluation) -> None:
     assert not bool(whole.clean.all())
-    for tally in whole.tallies.values():
-        assert int(tally.passes[~whole.clean].sum()) == 0
-        for point, run in enumerate(tally.broken_by.tolist()):
+    for log in whole.logs.values():
+        assert int(log.passes[~whole.clean].sum()) == 0
+        for point, run in enumerate(log.broken_by.tolist()):
             if run >= 0:
-                assert bool((tally.passes[point, : run + 1] > 0).all())
-                assert int(tally.passes[point, run + 1 :].sum()) == 0
+                assert bool((log.passes[point, : run + 1] > 0).all())
+                assert int(log.passes[point, run + 1 :].sum()) == 0
 
 
 def check_images(folder: Path, evaluation: Evaluation, model: Model, points: Points) -> None:
     """The folder's images are allowed, break the model where the evaluation says so, and are clean elsewhere."""
     x, y = points.x(torch.arange(len(points))), points.y
     assert torch.equal(evaluation.clean, model(x).argmax(1) == y)
-    for threat in evaluation.tallies:
+    for threat in evaluation.logs:
         x_adv = torch.from_numpy(np.load(image_path(folder, threat)))
         assert x_adv.dtype == torch.float32
         broken = evaluation.clean & ~evaluation.robust(threat)
@@ -174,11 +175,13 @@ def test_the_images_are_allowed_and_break_the_network_exactly_where_it_says(
 
 def test_floats_are_as_good_as_whole_numbers(network: nn.Module, points: Points, whole: Evaluation) -> None:
     floats = Points(points.x(torch.arange(N)), points.y)
-    assert same(evaluate(network, floats, THREATS[:1], CPU, Budget(n_iter=N_ITER), progress=False), whole_of(whole, 1))
+    assert same(
+        evaluate(network, floats, THREATS[:1], CPU, AttackPlan(n_iter=N_ITER), progress=False), whole_of(whole, 1)
+    )
 
 
 def whole_of(evaluation: Evaluation, norms: int) -> Evaluation:
-    return Evaluation(evaluation.clean, dict(list(evaluation.tallies.items())[:norms]))
+    return Evaluation(evaluation.clean, dict(list(evaluation.logs.items())[:norms]))
 
 
 def test_images_outside_the_ball_do_not_count(
@@ -187,7 +190,7 @@ def test_images_outside_the_ball_do_not_count(
     threat = Threat("Linf", 0.1)
     monkeypatch.setattr(apgd_module, "project", lambda delta, x, norm, eps: 1 - 2 * x)
     with pytest.warns(UserWarning, match=r"images are outside Linf 0\.1 or \[0, 1\]: they do not count"):
-        result = evaluate(network, points, [threat], CPU, Budget(n_iter=4), folder=tmp_path, progress=False)
+        result = evaluate(network, points, [threat], CPU, AttackPlan(n_iter=4), folder=tmp_path, progress=False)
     assert torch.equal(result.robust(threat), result.clean)
     assert np.array_equal(np.load(image_path(tmp_path, threat)), points.x(torch.arange(N)).numpy())
 
@@ -204,8 +207,10 @@ def test_one_image_outside_does_not_spoil_the_others(
 
     monkeypatch.setattr(Threat, "contains", strict)
     with pytest.warns(UserWarning, match="outside Linf"):
-        result = evaluate(network, points, [threat], CPU, Budget(n_iter=N_ITER), 16, folder=tmp_path, progress=False)
-    before, after = whole.tallies[threat], result.tallies[threat]
+        result = evaluate(
+            network, points, [threat], CPU, AttackPlan(n_iter=N_ITER), 16, folder=tmp_path, progress=False
+        )
+    before, after = whole.logs[threat], result.logs[threat]
     assert bool(before.broken[refused].any())
     assert not bool(after.broken[refused].any())
     assert torch.equal(after.broken_by[~refused], before.broken_by[~refused])
@@ -228,9 +233,9 @@ def test_few_classes(classes: int) -> None:
 
     points = Points(x, model(x).argmax(1))
     weak, strong = threats_for("cifar10", NORMS, [1e-4, 1e-4, 1e-4]), threats_for("cifar10", NORMS, [0.5, 2.0, 6.0])
-    result = evaluate(model, points, [*weak, *strong], CPU, Budget(n_iter=20), progress=False)
+    result = evaluate(model, points, [*weak, *strong], CPU, AttackPlan(n_iter=20), progress=False)
     for threat in strong:
-        assert len(result.tallies[threat].runs) == classes - 1 + (6 if threat.norm == "L1" else 1)
+        assert len(result.logs[threat].runs) == classes - 1 + (6 if threat.norm == "L1" else 1)
         assert not bool(result.robust(threat).any())
     for threat in weak:
         assert bool(result.robust(threat).all())
@@ -238,7 +243,7 @@ def test_few_classes(classes: int) -> None:
 
 def test_random_starts_depend_on_seed_point_run_and_norm_alone() -> None:
     x, some = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), [5, 2, 9, 7]
-    first, second, target = Run("CE"), Run("CE", 1), Run("T", 1)
+    first, second, target = AttackRun("CE"), AttackRun("CE", 1), AttackRun("T", 1)
     seen = []
     for norm, order in (("Linf", float("inf")), ("L2", 2), ("L1", 1)):
         threat = Threat(norm, 0.5)  # type: ignore[arg-type]
@@ -262,16 +267,16 @@ def test_random_starts_depend_on_seed_point_run_and_norm_alone() -> None:
 @pytest.fixture(scope="module")
 def union(network: nn.Module, points: Points) -> tuple[Evaluation, int]:
     counter = Counter(network)
-    budget = Budget(n_iter=N_ITER, union_only=True)
-    return evaluate(counter, points, THREATS, CPU, budget, 16, progress=False), counter.images
+    plan = AttackPlan(n_iter=N_ITER, union_only=True)
+    return evaluate(counter, points, THREATS, CPU, plan, 16, progress=False), counter.images
 
 
 def test_union_only_gives_the_same_union_for_fewer_passes(union: tuple[Evaluation, int], whole: Evaluation) -> None:
     evaluation, images = union
     assert torch.equal(evaluation.union, whole.union)
     assert list(evaluation.outcomes()) == ["clean", "union"]
-    passes = sum(int(tally.passes.sum()) for tally in evaluation.tallies.values())
-    assert passes < sum(int(tally.passes.sum()) for tally in whole.tallies.values())
+    passes = sum(int(log.passes.sum()) for log in evaluation.logs.values())
+    assert passes < sum(int(log.passes.sum()) for log in whole.logs.values())
     clean, checks = N, 2 * 16
     assert images == clean + checks + passes
 
@@ -280,29 +285,29 @@ def test_union_only_makes_the_first_runs_of_all_norms_before_the_rest_and_l1s_fi
     union: tuple[Evaluation, int], whole: Evaluation
 ) -> None:
     evaluation = union[0]
-    expected = {threat: torch.zeros_like(tally.passes) for threat, tally in whole.tallies.items()}
+    expected = {threat: torch.zeros_like(log.passes) for threat, log in whole.logs.items()}
     left = evaluation.clean.clone()
     for runs in (slice(0, 1), slice(1, None)):
         for threat in sorted(THREATS, key=lambda threat: threat.norm != "L1"):
-            full, last = whole.tallies[threat], 1 if runs.stop else len(whole.tallies[threat].runs)
+            full, last = whole.logs[threat], 1 if runs.stop else len(whole.logs[threat].runs)
             expected[threat][left, runs] = full.passes[left, runs]
             left &= ~(full.broken & (full.broken_by < last))
     for threat, passes in expected.items():
-        assert torch.equal(evaluation.tallies[threat].passes, passes)
+        assert torch.equal(evaluation.logs[threat].passes, passes)
     assert torch.equal(left, evaluation.union)
 
 
 def test_union_only_needs_no_point_that_is_right(network: nn.Module, points: Points) -> None:
     wrong = Points(points.images, (network(points.x(torch.arange(N))).argmax(1) + 1) % 10, points.levels)
-    result = evaluate(network, wrong, THREATS, CPU, Budget(n_iter=N_ITER, union_only=True), progress=False)
+    result = evaluate(network, wrong, THREATS, CPU, AttackPlan(n_iter=N_ITER, union_only=True), progress=False)
     assert not bool(result.union.any())
-    assert sum(int(tally.passes.sum()) for tally in result.tallies.values()) == 0
+    assert sum(int(log.passes.sum()) for log in result.logs.values()) == 0
 
 
 def test_bf16_counts_what_is_wrong_in_float32_too(trained: nn.Module, points: Points, tmp_path: Path) -> None:
-    budget = Budget(n_iter=N_ITER, amp="bf16")
-    fast = evaluate(trained, points, THREATS, CPU, budget, folder=tmp_path, progress=False)
-    exact = evaluate(trained, points, THREATS, CPU, Budget(n_iter=N_ITER), progress=False)
+    plan = AttackPlan(n_iter=N_ITER, amp="bf16")
+    fast = evaluate(trained, points, THREATS, CPU, plan, folder=tmp_path, progress=False)
+    exact = evaluate(trained, points, THREATS, CPU, AttackPlan(n_iter=N_ITER), progress=False)
     check_images(tmp_path, fast, trained, points)
     for threat in THREATS:
         assert abs(int(fast.robust(threat).sum()) - int(exact.robust(threat).sum())) <= 2
@@ -320,9 +325,11 @@ def test_bf16_that_errs_breaks_nothing(trained: nn.Module, points: Points, tmp_p
             return -logits
         return logits
 
-    result = evaluate(model, points, THREATS[:1], CPU, Budget(n_iter=4, amp="bf16"), folder=tmp_path, progress=False)
-    tally = result.tallies[THREATS[0]]
-    assert low == int(tally.passes.sum()) > 0
+    result = evaluate(
+        model, points, THREATS[:1], CPU, AttackPlan(n_iter=4, amp="bf16"), folder=tmp_path, progress=False
+    )
+    log = result.logs[THREATS[0]]
+    assert low == int(log.passes.sum()) > 0
     check_images(tmp_path, result, trained, points)
     assert bool(result.robust(THREATS[0]).any())
 
@@ -349,19 +356,19 @@ def test_autoattack_goes_on_with_what_stands(norm: str, network: nn.Module, tmp_
         logits: Tensor = network((16 * x).round() / 16)
         return logits
 
-    standard = evaluate(stairs, points, [threat], CPU, Budget(n_iter=4, n_targets=2), progress=False)
-    budget = Budget("autoattack", n_iter=4, n_targets=2)
-    result = evaluate(stairs, points, [threat], CPU, budget, 5, folder=tmp_path, progress=False)
-    tally, before = result.tallies[threat], standard.tallies[threat]
-    assert [str(run) for run in tally.runs] == [*map(str, before.runs), "FAB-T", "Square"]
+    standard = evaluate(stairs, points, [threat], CPU, AttackPlan(n_iter=4, n_targets=2), progress=False)
+    plan = AttackPlan("autoattack", n_iter=4, n_targets=2)
+    result = evaluate(stairs, points, [threat], CPU, plan, 5, folder=tmp_path, progress=False)
+    log, before = result.logs[threat], standard.logs[threat]
+    assert [str(run) for run in log.runs] == [*map(str, before.runs), "FAB-T", "Square"]
     apgd_runs = len(before.runs)
-    assert torch.equal(tally.passes[:, :apgd_runs], before.passes)
+    assert torch.equal(log.passes[:, :apgd_runs], before.passes)
     left = standard.robust(threat)
     for number in (apgd_runs, apgd_runs + 1):
-        assert torch.equal(tally.passes[:, number] > 0, left)
-        left = left & (tally.broken_by != number)
+        assert torch.equal(log.passes[:, number] > 0, left)
+        left = left & (log.broken_by != number)
     assert torch.equal(result.robust(threat), left)
-    assert int((tally.broken_by == apgd_runs + 1).sum()) > 0
+    assert int((log.broken_by == apgd_runs + 1).sum()) > 0
     check_images(tmp_path, result, stairs, points)
 
 
@@ -374,9 +381,9 @@ def test_autoattack_with_three_classes_and_one_point() -> None:
 
     x = torch.full((1, 3, 6, 6), 0.5)
     points, threat = Points(x, model(x).argmax(1)), Threat("L2", 1e-3)
-    result = evaluate(model, points, [threat], CPU, Budget("autoattack", n_iter=4), progress=False)
-    assert [str(run) for run in result.tallies[threat].runs][-3:] == ["APGD-T target 2", "FAB-T", "Square"]
-    assert bool((result.tallies[threat].passes > 0).all())
+    result = evaluate(model, points, [threat], CPU, AttackPlan("autoattack", n_iter=4), progress=False)
+    assert [str(run) for run in result.logs[threat].runs][-3:] == ["APGD-T target 2", "FAB-T", "Square"]
+    assert bool((result.logs[threat].passes > 0).all())
     assert result.robust(threat).tolist() == [True]
 
 
@@ -405,7 +412,7 @@ def test_robust_accuracy_agrees_with_pyautoattack_and_bf16_with_float32(norm: st
     points, threat = digits(500), Threat(norm, RADII["digits"][norm] / 2)  # type: ignore[arg-type, index]
     ours = float(evaluate(resnet, points, [threat], CPU, progress=False).robust(threat).float().mean())
     bf16 = float(
-        evaluate(resnet, points, [threat], CPU, Budget(amp="bf16"), progress=False).robust(threat).float().mean()
+        evaluate(resnet, points, [threat], CPU, AttackPlan(amp="bf16"), progress=False).robust(threat).float().mean()
     )
     other = pyautoattack.AutoAttack(resnet, norm=norm, eps=threat.eps, version="standard", seed=0, device="cpu")
     other.attacks_to_run = ["apgd-ce", "apgd-t"]

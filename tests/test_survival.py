@@ -19,7 +19,7 @@ import torch
 
 import train
 import utils.resume
-from utils.run import flat
+from utils.run_folder import flat
 from utils.state import newest_state, state_files
 
 FLAGS = [

@@ -1,4 +1,4 @@
-"""Files of numpy arrays, read without running code: an npz is mapped where it lies, a pickle is read into memory."""
+"""Files of numpy arrays, read without running code: an npz is mmap_npz where it lies, a pickle is read into memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def is_npz(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def mapped(path: Path, *names: str) -> list[np.ndarray]:
-    """The arrays of these names in an npz, read-only and mapped: they may be far larger than the memory.
+def mmap_npz(path: Path, *names: str) -> list[np.ndarray]:
+    """The arrays of these names in an npz, read-only and mmap_npz: they may be far larger than the memory.
 
     Raises ValueError for one that is missing, compressed, of Python objects or damaged; OSError.
     """
@@ -34,7 +34,7 @@ def mapped(path: Path, *names: str) -> list[np.ndarray]:
     return [_mapped(path, members[_there(name, members, path)]) for name in names]
 
 
-def unpickled(path: Path, *names: str) -> list[np.ndarray]:
+def load_pickled_arrays(path: Path, *names: str) -> list[np.ndarray]:
     """The arrays of numbers of these names in a pickled dictionary, in memory.
 
     Whatever the pickle asks for, none but the functions of this file is called. Raises ValueError, OSError.
@@ -62,7 +62,7 @@ def _there(name: str, content: dict[str, Any], path: Path) -> str:
 def _mapped(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
         raise ValueError(
-            f"{member.filename} in {path} is compressed, which can't be mapped; "
+            f"{member.filename} in {path} is compressed, which can't be mmap_npz; "
             f"make an uncompressed copy: unzip {quote(str(path))} -d plain && (cd plain && zip -0 ../plain.npz *.npy)"
         )
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-def write_whole(data: bytes | memoryview, path: Path) -> None:
+def write_atomic(data: bytes | memoryview, path: Path) -> None:
     """Write `path` by way of a file beside it: a reader finds the old file or the new one, never a part, after a power cut too.
 
     Raises OSError, such as on a full disk; then the old file is as it was and nothing is left behind.
@@ -37,21 +37,21 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
             os.close(folder)
 
 
-def save_whole(content: Any, path: Path) -> None:
-    """torch.save by way of `write_whole`. Raises OSError."""
-    write_whole(_saved(content), path)
+def save_atomic(content: Any, path: Path) -> None:
+    """torch.save by way of `write_atomic`. Raises OSError."""
+    write_atomic(_saved(content), path)
 
 
-def save_signed(content: Any, stem: Path) -> Path:
-    """The same to STEM-DIGEST.pth, whose name ends with the first 16 letters of its SHA-256; `is_whole` compares them."""
+def save_with_digest(content: Any, stem: Path) -> Path:
+    """The same to STEM-DIGEST.pth, whose name ends with the first 16 letters of its SHA-256; `matches_digest` compares them."""
     data = _saved(content)
     path = stem.with_name(f"{stem.name}-{hashlib.sha256(data).hexdigest()[:16]}.pth")
-    write_whole(data, path)
+    write_atomic(data, path)
     return path
 
 
-def is_whole(path: Path) -> bool:
-    """Is a file of `save_signed` as it was written?"""
+def matches_digest(path: Path) -> bool:
+    """Is a file of `save_with_digest` as it was written?"""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16] == path.stem.rpartition("-")[2]
 

@@ -31,6 +31,22 @@ def processes(device: torch.device) -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
+def choose_device(name: str) -> torch.device:
+    """The device named; `auto` is CUDA if there, else MPS, else the CPU. Raises ValueError if the machine has no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps") from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise ValueError(f"this machine has no device {name!r}; --device=auto takes what there is")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def local_device(device: torch.device) -> torch.device:
     """This process' own GPU, where torchrun started several on a machine and none is named."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -39,7 +55,7 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
-def from_first(function: Callable[[], T]) -> T:
+def run_on_rank0(function: Callable[[], T]) -> T:
     """What the function gives in the first process, in all of them; where it raises ValueError or OSError, all raise ValueError."""
     if not dist.is_initialized():
         return function()
@@ -56,13 +72,13 @@ def from_first(function: Callable[[], T]) -> T:
     return value
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Go on when every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def summed(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of `value` over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
@@ -77,7 +93,7 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def only_in_last(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+def no_sync_unless(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Inside, a `data_parallel` model's gradients stay with their process unless this is the last of the passes that add up."""
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
@@ -88,27 +104,27 @@ def average_buffers(model: nn.Module) -> None:
         return
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if buffers:
-        flat = summed(torch.cat([buffer.flatten() for buffer in buffers])) / dist.get_world_size()
+        flat = all_reduce_sum(torch.cat([buffer.flatten() for buffer in buffers])) / dist.get_world_size()
         for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))
 
 
-def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with each BatchNorm's statistics taken over all processes' points; names of its state stay as they are."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if isinstance(model, _BatchNorm):
-        shared = SharedBatchNorm(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
+        shared = SyncBatchNorm(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
         like = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
         shared = shared.to(like.device, like.dtype)
         shared.load_state_dict(model.state_dict())
         return shared.train(model.training)
     for name, child in model.named_children():
-        setattr(model, name, share_statistics(child, device))
+        setattr(model, name, sync_batchnorm(child, device))
     return model
 
 
-class SharedBatchNorm(_BatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """BatchNorm over the points of all processes where torch's SyncBatchNorm, which is for CUDA, does not run."""
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
@@ -120,10 +136,10 @@ class SharedBatchNorm(_BatchNorm):
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         across, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-        count = summed(torch.tensor(x.numel() // x.shape[1], device=x.device, dtype=x.dtype))
-        mean = _Summed.apply(x.sum(across)) / count
+        count = all_reduce_sum(torch.tensor(x.numel() // x.shape[1], device=x.device, dtype=x.dtype))
+        mean = _AllReduceSum.apply(x.sum(across)) / count
         apart = x - mean.view(shape)
-        variance = _Summed.apply(apart.square().sum(across)) / count
+        variance = _AllReduceSum.apply(apart.square().sum(across)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
@@ -136,13 +152,13 @@ class SharedBatchNorm(_BatchNorm):
         return out.to(input.dtype)
 
 
-class _Summed(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """The sum over the processes, and of its gradients on the way back."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        return summed(value.clone())
+        return all_reduce_sum(value.clone())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return summed(grad.clone())
+        return all_reduce_sum(grad.clone())

@@ -14,9 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.checkpoint import write_whole
+from utils.checkpoint import write_atomic
 from utils.cli import Parser
-from utils.run import read_json, write_json
+from utils.run_folder import read_json, write_json
 from utils.state import newest_state
 
 ANY_RUN = ""  # what --resume alone stands for: the newest run of this command
@@ -50,14 +50,14 @@ def command_of(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Before:
+class ResumePoint:
     """A run to go on with: its folder, and its newest whole state (None: it ended before it had one, or after it was complete)."""
 
     folder: Path
     state: Path | None
 
 
-def run_before(parser: Parser, args: Namespace, free: Collection[str], held: ExitStack) -> Before | None:
+def run_before(parser: Parser, args: Namespace, free: Collection[str], held: ExitStack) -> ResumePoint | None:
     """The run that args.resume means, claimed for as long as `held` is; None if there is none. Raises ValueError or OSError.
 
     args: as given, defaults not filled in. What is left of files that were being written is deleted.
@@ -68,14 +68,14 @@ def run_before(parser: Parser, args: Namespace, free: Collection[str], held: Exi
     if folder is None:
         print(f"--resume: there is no run of this command in {args.save_dir} yet, this is a new one")
         return None
-    held.enter_context(claim(folder, WAIT))
+    held.enter_context(lock_run(folder, WAIT))
     for part in folder.glob("*.part"):
         part.unlink()
     state, damaged = newest_state(folder)
     for path in damaged:
         print(f"{path} is damaged, it is not used")
         path.unlink()
-    return Before(folder, state)
+    return ResumePoint(folder, state)
 
 
 def newest_run(parser: Parser, args: Namespace, free: Collection[str]) -> Path | None:
@@ -93,7 +93,7 @@ def newest_run(parser: Parser, args: Namespace, free: Collection[str]) -> Path |
     return None
 
 
-def claim(folder: Path, seconds: float) -> FileLock:
+def lock_run(folder: Path, seconds: float) -> FileLock:
     """The lock of a run's folder, which ends with this process however that ends. Raises ValueError if another keeps it so long."""
     lock = FileLock(folder / ".lock")
     try:
@@ -122,7 +122,7 @@ def cut_metrics(path: Path, epochs: int) -> None:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):  # cut off by the end of a run
                 continue
-        write_whole("".join(f"{line}\n" for line in kept).encode(), path)
+        write_atomic("".join(f"{line}\n" for line in kept).encode(), path)
 
 
 def note_resumed(folder: Path, environment: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from utils.checkpoint import is_whole, save_signed
+from utils.checkpoint import matches_digest, save_with_digest
 
 KEPT = 2  # states: a newer one that turns out to be damaged leaves the one before it
 
@@ -23,11 +23,11 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-class NotFinite(ArithmeticError):
+class NonFiniteError(ArithmeticError):
     """A loss or a weight is infinite or no number."""
 
 
-class Keeper:
+class CheckpointManager:
     """Saves a run's state as folder/state_EPOCH_STEP-DIGEST.pth; says when, by its seconds, the next is due.
 
     A state is a checkpoint of the network (with what `about` says of it) that also holds `epoch`, `step` (both count what is done: the
@@ -52,13 +52,13 @@ class Keeper:
         return self.writes and time.monotonic() - self.last >= self.seconds
 
     def save(self, epoch: int, step: int) -> None:
-        """Save the state there, whole or not at all; the one before is kept. Raises NotFinite, OSError."""
+        """Save the state there, whole or not at all; the one before is kept. Raises NonFiniteError, OSError."""
         if not self.writes:
             return
         check_finite(self.network)
         content = self.about | {"state_dict": self.network.state_dict(), "epoch": epoch, "step": step}
         content["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        save_signed(content, self.folder / f"state_{epoch:04d}_{step:06d}")
+        save_with_digest(content, self.folder / f"state_{epoch:04d}_{step:06d}")
         for old in state_files(self.folder)[:-KEPT]:
             old.unlink()
         self.last = time.monotonic()
@@ -84,7 +84,7 @@ def newest_state(folder: Path) -> tuple[Path | None, list[Path]]:
     """A run's newest state that is whole (None if it has none at all) and the newer ones, which are not. Raises ValueError if none is."""
     damaged: list[Path] = []
     for path in reversed(state_files(folder)):
-        if is_whole(path):
+        if matches_digest(path):
             return path, damaged
         damaged.append(path)
     if damaged:
@@ -93,7 +93,7 @@ def newest_state(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def check_finite(network: nn.Module) -> None:
-    """Raises NotFinite if a weight or buffer is infinite or NaN; waits for the device."""
+    """Raises NonFiniteError if a weight or buffer is infinite or NaN; waits for the device."""
     finite = [tensor.isfinite().all() for tensor in network.state_dict().values() if tensor.is_floating_point()]
     if finite and not bool(torch.stack(finite).all()):
-        raise NotFinite("the network's weights are not finite")
+        raise NonFiniteError("the network's weights are not finite")

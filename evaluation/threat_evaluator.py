@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attacks.apgd import APGD, EVALUATION_SHARE, Model, Rows, judge, shrinking
+from attacks.apgd import APGD, EVALUATION_SHARE, APGDState, Model, loss_and_grad, shrinking
 from attacks.losses import cross_entropy, dlr_targeted, margin_targeted
-from attacks.results import Run, Tally
 from attacks.threat import NORMS, Threat
-from utils.journal import ImageFile, Journal
-from utils.speed import Amp, in_format
-from utils.training import generator
+from evaluation.results import AttackLog, AttackRun
+from evaluation.storage import ImageFile, Journal
+from utils.modules import generator
+from utils.precision import Amp, autocast_model
 
 UNTARGETED = -1
 APGD_KINDS = ("CE", "T", "brief")
@@ -42,7 +42,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Budget:
+class AttackPlan:
     """How much is spent on a point: the attacks by name (see `runs_for`), steps of a run, and the number of its kinds."""
 
     attacks: str = "standard"
@@ -59,7 +59,7 @@ def image_path(folder: Path, threat: Threat) -> Path:
     return folder / f"adv_{str(threat).replace(' ', '_')}.npy"
 
 
-def random_starts(x: Tensor, points: Sequence[int], threat: Threat, runs: Sequence[Run], seed: int) -> Tensor:
+def random_starts(x: Tensor, points: Sequence[int], threat: Threat, runs: Sequence[AttackRun], seed: int) -> Tensor:
     """A start (B, ...) for each row's point and run, whatever the batch, which the attack projects on ball and box.
 
     Uniform in the cube for Linf, Gaussian on the ball's surface for L2. For L1 Gaussian noise of deviation 1, whose projection is sparse.
@@ -80,7 +80,7 @@ def random_starts(x: Tensor, points: Sequence[int], threat: Threat, runs: Sequen
             return noise
 
 
-class Work:
+class ThreatEvaluator:
     """One threat model's attacks on some points."""
 
     def __init__(
@@ -89,36 +89,36 @@ class Work:
         points: Points,
         ranked: Tensor,
         threat: Threat,
-        tally: Tally,
-        budget: Budget,
+        log: AttackLog,
+        plan: AttackPlan,
         seed: int,
         device: torch.device,
         journal: Journal,
         images: ImageFile | None,
     ) -> None:
-        self.model, self.points, self.ranked, self.threat, self.tally = model, points, ranked, threat, tally
+        self.model, self.points, self.ranked, self.threat, self.log = model, points, ranked, threat, log
         self.seed, self.device, self.journal, self.images = seed, device, journal, images
-        self.apgd_runs = sum(run.kind in APGD_KINDS for run in tally.runs)
-        self.amp, self.fast_model = budget.amp, in_format(model, device, budget.amp)
-        eps, n_iter = threat.eps, budget.n_iter
+        self.apgd_runs = sum(run.kind in APGD_KINDS for run in log.runs)
+        self.amp, self.fast_model = plan.amp, autocast_model(model, device, plan.amp)
+        eps, n_iter = threat.eps, plan.n_iter
         stages = shrinking(eps, n_iter) if threat.norm == "L1" else [(eps, n_iter)]
         self.search = APGD(threat.norm, stages, EVALUATION_SHARE, device)
         self.brief_search = APGD(threat.norm, [(eps, max(n_iter // 5, 1))], EVALUATION_SHARE, device)
 
     def run_apgd(self, chosen: Sequence[int], batch_size: int, progress: bool, first_alone: bool = False) -> None:
         """Every APGD run, or the first one alone, on each of the points `chosen` until one breaks it."""
-        brief = sum(run.kind == "brief" for run in self.tally.runs)
+        brief = sum(run.kind == "brief" for run in self.log.runs)
         for search, last in ((self.brief_search, brief), (self.search, self.apgd_runs)):
             self._run(search, min(last, 1) if first_alone else last, chosen, batch_size, progress)
 
     def _run(self, search: APGD, last: int, chosen: Sequence[int], batch_size: int, progress: bool) -> None:
         """The runs up to number `last` (not included), which all are of this search."""
-        tally = self.tally
-        left = [i for i in chosen if not tally.broken[i] and tally.next_run(i) < last]
+        log = self.log
+        left = [i for i in chosen if not log.broken[i] and log.next_run(i) < last]
         if not left:
             return
-        queue = deque(sorted((tally.next_run(i), i) for i in left))
-        standing = sum(not bool(tally.broken[i]) for i in chosen)
+        queue = deque(sorted((log.next_run(i), i) for i in left))
+        standing = sum(not bool(log.broken[i]) for i in chosen)
         bar = tqdm(
             total=last * len(left),
             unit="run",
@@ -160,21 +160,21 @@ class Work:
                 search.move(rows)
                 earliest = min(who)[0]
                 bar.set_description(
-                    f"{self.threat}, {tally.runs[earliest]} ({earliest + 1} of {self.apgd_runs})", refresh=False
+                    f"{self.threat}, {log.runs[earliest]} ({earliest + 1} of {self.apgd_runs})", refresh=False
                 )
             bar.set_postfix_str(f"{standing} points stand", refresh=False)
         bar.close()
 
     def run_library(self, chosen: Sequence[int], batch_size: int) -> None:
         """pyautoattack's FAB-T and Square on the points that stand; their starts depend on the batch."""
-        for number in range(self.apgd_runs, len(self.tally.runs)):
-            left = [i for i in chosen if not self.tally.broken[i] and self.tally.next_run(i) == number]
+        for number in range(self.apgd_runs, len(self.log.runs)):
+            left = [i for i in chosen if not self.log.broken[i] and self.log.next_run(i) == number]
             for start in range(0, len(left), batch_size):
                 self._library(number, left[start : start + batch_size])
 
     def _start(self, new: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images, labels, targets and random starts of new rows."""
-        runs, index = [self.tally.runs[run] for run, _ in new], torch.tensor([point for _, point in new])
+        runs, index = [self.log.runs[run] for run, _ in new], torch.tensor([point for _, point in new])
         x = self.points.x(index)
         targets = [
             int(self.ranked[point, run.number]) if run.kind == "T" else UNTARGETED
@@ -186,13 +186,19 @@ class Work:
         return x, y, target, start
 
     def _step(
-        self, search: APGD, rows: Rows, y: Tensor, target: Tensor, who: Sequence[tuple[int, int]], ticks: Sequence[int]
+        self,
+        search: APGD,
+        rows: APGDState,
+        y: Tensor,
+        target: Tensor,
+        who: Sequence[tuple[int, int]],
+        ticks: Sequence[int],
     ) -> list[bool]:
         """Judge each row's point and tell the search; which rows an allowed image broke: it is saved."""
         x_new = rows.x + rows.delta
         # The gradient is not needed at a run's last point; rows that started together end together.
         with_grad = min(ticks) + 1 < search.ticks
-        value, grad, wrong = judge(self.fast_model, x_new, y, partial(_mixed_loss, target=target), with_grad)
+        value, grad, wrong = loss_and_grad(self.fast_model, x_new, y, partial(_mixed_loss, target=target), with_grad)
         search.observe(rows, value, grad)
         counts = torch.tensor([tick >= search.counts_from for tick in ticks])
         wrong = wrong.cpu() & counts
@@ -220,9 +226,9 @@ class Work:
     def _record(self, done: Sequence[tuple[int, int, int, bool]]) -> None:
         """Note finished runs: (run, point, passes, broken) each."""
         for run, point, passes, broken in done:
-            self.tally.passes[point, run] = passes
+            self.log.passes[point, run] = passes
             if broken:
-                self.tally.broken_by[point] = run
+                self.log.broken_by[point] = run
         self.journal.add(
             [
                 {"task": str(self.threat), "point": point, "run": run, "passes": passes, "broken": broken}
@@ -245,7 +251,7 @@ class Work:
         index = torch.tensor(chosen)
         x, y = self.points.x(index), self.points.y[index]
         attack = AutoAttack(counted, norm=self.threat.norm, eps=self.threat.eps, seed=self.seed, device=self.device)
-        attack.attacks_to_run = [self.tally.runs[number].kind.lower()]
+        attack.attacks_to_run = [self.log.runs[number].kind.lower()]
         attack.fab.n_target_classes = min(9, self.ranked.shape[1] - 1)
         x_adv = attack.run_standard_evaluation(x.to(self.device), y.to(self.device), batch_size=len(x))[0]
         with torch.no_grad():

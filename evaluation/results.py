@@ -15,7 +15,7 @@ RESTARTS: dict[Norm, tuple[int, int]] = {"Linf": (1, 9), "L2": (1, 9), "L1": (5,
 
 
 @dataclass(frozen=True)
-class Run:
+class AttackRun:
     """One run of an attack on a point: cross-entropy (CE, brief), to the `number`-th most likely other class (T), FAB-T or Square."""
 
     kind: str
@@ -34,7 +34,7 @@ class Run:
 
 def runs_for(
     attacks: str, norm: Norm, num_classes: int, n_restarts: int | None = None, n_targets: int | None = None
-) -> list[Run]:
+) -> list[AttackRun]:
     """The runs on each point that stands, in turn.
 
     standard: APGD-CE and APGD-T, 10 in all, 1 restart + 9 targets for Linf and L2, 5 + 5 for L1 (arXiv 2105.12508, section 5), where
@@ -45,16 +45,18 @@ def runs_for(
     restarts, targets = (1, 0) if attacks == "fast" else RESTARTS[norm]
     restarts = restarts if n_restarts is None else n_restarts
     targets = min(targets if n_targets is None else n_targets, num_classes - 1)
-    more = [Run("FAB-T"), Run("Square")] if attacks == "autoattack" else []
-    brief = [Run("brief")] if norm == "L1" and attacks != "fast" else []
-    return brief + [Run("CE", r) for r in range(restarts)] + [Run("T", t + 1) for t in range(targets)] + more
+    more = [AttackRun("FAB-T"), AttackRun("Square")] if attacks == "autoattack" else []
+    brief = [AttackRun("brief")] if norm == "L1" and attacks != "fast" else []
+    return (
+        brief + [AttackRun("CE", r) for r in range(restarts)] + [AttackRun("T", t + 1) for t in range(targets)] + more
+    )
 
 
 @dataclass
-class Tally:
+class AttackLog:
     """What R runs in one threat model did to N points."""
 
-    runs: list[Run]
+    runs: list[AttackRun]
     passes: Tensor  # (N, R) int32: forward passes that the run spent on the point; 0: it was not attacked
     broken_by: Tensor  # (N,) int64: number of the run that broke it; -1: none did
 
@@ -73,7 +75,7 @@ class Evaluation:
     """What stands, for each of N points."""
 
     clean: Tensor  # (N,) bool: right without an attack
-    tallies: dict[Threat, Tally] = field(default_factory=dict)
+    logs: dict[Threat, AttackLog] = field(default_factory=dict)
     union_only: bool = False  # points broken in one norm were not attacked in others: only clean and union are known
     curve: dict[Threat, list[list[float]]] = field(
         default_factory=dict
@@ -82,26 +84,26 @@ class Evaluation:
 
     def robust(self, threat: Threat) -> Tensor:
         """(N,) bool: right, and no attack in this threat model broke it."""
-        return self.clean & ~self.tallies[threat].broken
+        return self.clean & ~self.logs[threat].broken
 
     @property
     def union(self) -> Tensor:
         """(N,) bool: right, and broken under no norm."""
-        return torch.stack([self.clean, *(self.robust(threat) for threat in self.tallies)]).all(0)
+        return torch.stack([self.clean, *(self.robust(threat) for threat in self.logs)]).all(0)
 
     def outcomes(self) -> dict[str, Tensor]:
         """Per point (N,), in [0, 1]: clean, each norm, average over the norms, union; without the norms if union_only."""
         rows = {"clean": self.clean}
-        if not self.tallies:
+        if not self.logs:
             return rows
         if self.union_only:
             return rows | {"union": self.union}
-        norms = {threat.norm: self.robust(threat) for threat in self.tallies}
+        norms = {threat.norm: self.robust(threat) for threat in self.logs}
         average = torch.stack([robust.float() for robust in norms.values()]).mean(0)
         return rows | norms | {"average": average, "union": self.union}
 
 
-def summarise(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+def accuracy_table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """For each outcome accuracy and 95 % interval in per cent, and the number of points.
 
     Wilson's interval for shares, the normal one for the average.
@@ -123,29 +125,29 @@ def summarise(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     return rows
 
 
-def as_json(evaluation: Evaluation) -> dict[str, Any]:
+def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """eval.json's part that the attacks know (docs/evaluation.md says what each field is)."""
     norms = {}
-    for threat, tally in evaluation.tallies.items():
-        spent = tally.passes.sum(0).tolist()
+    for threat, log in evaluation.logs.items():
+        spent = log.passes.sum(0).tolist()
         norms[threat.norm] = {
             "eps": threat.eps,
             "runs": [
                 {
                     "name": str(run),
-                    "attacked": int((tally.passes[:, r] > 0).sum()),
-                    "broken": int((tally.broken_by == r).sum()),
+                    "attacked": int((log.passes[:, r] > 0).sum()),
+                    "broken": int((log.broken_by == r).sum()),
                     "forward_passes": spent[r],
                 }
-                for r, run in enumerate(tally.runs)
+                for r, run in enumerate(log.runs)
             ],
-            "broken_by_run": [None if r < 0 else r for r in tally.broken_by.tolist()],
-            "forward_passes": tally.passes.sum(1).tolist(),
+            "broken_by_run": [None if r < 0 else r for r in log.broken_by.tolist()],
+            "forward_passes": log.passes.sum(1).tolist(),
         }
     outcomes = {name: values for name, values in evaluation.outcomes().items() if name != "average"}
     curve = {"curve": {threat.norm: curve for threat, curve in evaluation.curve.items()}} if evaluation.curve else {}
     return {
-        "accuracy": summarise(evaluation),
+        "accuracy": accuracy_table(evaluation),
         "warnings": evaluation.warnings,
         "norms": norms,
         "outcomes": {name: values.int().tolist() for name, values in outcomes.items()},

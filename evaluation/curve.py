@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attacks.results import Evaluation, Tally
 from attacks.threat import Threat
+from evaluation.results import AttackLog, Evaluation
 
 BELOW, ABOVE = (0.25, 0.5, 0.75), (1.25, 1.5, 1.75, 2.0)  # of the evaluation's radius
 
@@ -21,8 +21,8 @@ def above(threat: Threat) -> list[Threat]:
     return [Threat(threat.norm, factor * threat.eps) for factor in ABOVE]
 
 
-def accuracy_curve(evaluation: Evaluation, threat: Threat, tallies: dict[Threat, Tally]) -> list[list[float]]:
-    """(radius, per cent) from 0 to 2 eps; the tallies at the other radii have who broke there first."""
+def accuracy_curve(evaluation: Evaluation, threat: Threat, logs: dict[Threat, AttackLog]) -> list[list[float]]:
+    """(radius, per cent) from 0 to 2 eps; the logs at the other radii have who broke there first."""
     curve = [[0.0, _per_cent(evaluation.clean)]]
     for radii, standing, own in (
         (below(threat), evaluation.clean, []),
@@ -30,7 +30,7 @@ def accuracy_curve(evaluation: Evaluation, threat: Threat, tallies: dict[Threat,
     ):
         curve += [[radius.eps, _per_cent(standing)] for radius in own]
         for radius in radii:
-            standing = standing & ~tallies[radius].broken
+            standing = standing & ~logs[radius].broken
             curve.append([radius.eps, _per_cent(standing)])
     return curve
 

@@ -5,144 +5,42 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils.state import NotFinite
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module in eval mode inside; each back in its own mode after (a frozen BatchNorm stays frozen)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+from utils.modules import AsyncScalars
+from utils.state import NonFiniteError
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """No parameter asks for a gradient inside, so that none is computed or kept for; each as it was after."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield model
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but the key, such as (seed, epoch, step): resuming needs no saved state."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    )
-
-
-def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, lr_no_decay: float | None
-) -> list[dict[str, object]]:
-    """SGD groups as published for training from scratch: decay for weights, none for biases and norm layers (all 1-d parameters).
-
-    lr_no_decay, if given, is the second group's constant rate (the published code's 1.0); else it follows the schedule.
-    """
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    return [
-        {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {
-            "params": others,
-            "lr": lr if lr_no_decay is None else lr_no_decay,
-            "weight_decay": 0.0,
-            "constant_lr": lr_no_decay is not None,
-        },
-    ]
-
-
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving averages of weights and BatchNorm's statistics, of which an update keeps the share `decay`; first a copy."""
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.requires_grad_(False).eval()
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every parameter group but those marked `constant_lr`."""
-    for group in optimizer.param_groups:
-        if not group.get("constant_lr"):
-            group["lr"] = lr
-
-
-def choose_device(name: str) -> torch.device:
-    """The device named; `auto` is CUDA if there, else MPS, else the CPU. Raises ValueError if the machine has no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps") from error
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise ValueError(f"this machine has no device {name!r}; --device=auto takes what there is")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
-
-
-class OnItsWay:
-    """Numbers on their way from a CUDA device to the host, which goes on meanwhile (other devices are waited for)."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        cuda = value.is_cuda
-        self.copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda)
-        self.copy.copy_(value, non_blocking=cuda)
-        self.arrived = torch.cuda.Event() if cuda else None
-        if self.arrived:
-            self.arrived.record(torch.cuda.current_stream(value.device))
-
-    def numbers(self) -> Any:
-        """The number, or nested lists of numbers; waits until they are here."""
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.copy.tolist()
-
-
-class Watch:
+class NonFiniteGuard:
     """Looks at each update one later, so that no device has to finish it before the next is prepared: is its loss finite?"""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self.stop = False  # has a process been asked to end?
-        self._coming: deque[tuple[str, OnItsWay]] = deque()
+        self._coming: deque[tuple[str, AsyncScalars]] = deque()
 
     def observe(self, what: str, losses: torch.Tensor, stop: torch.Tensor) -> None:
         """An update, described by `what` in words: its loss and those of each name, (1 + names,); processes asked to end, ()."""
-        self._coming.append((what, OnItsWay(torch.cat([stop[None], losses]))))
+        self._coming.append((what, AsyncScalars(torch.cat([stop[None], losses]))))
 
     def look(self, all_but: int = 0) -> None:
-        """Look at the updates that were not looked at yet, but the last so many. Raises NotFinite."""
+        """Look at the updates that were not looked at yet, but the last so many. Raises NonFiniteError."""
         while len(self._coming) > all_but:
             what, numbers = self._coming.popleft()
             stop, loss, *losses = numbers.numbers()
             self.stop |= stop > 0
             if not math.isfinite(loss):
                 odd = [name for name, one in zip(self.names, losses, strict=True) if not math.isfinite(one)]
-                raise NotFinite(f"the loss of {what}{' (' + ', '.join(odd) + ')' if odd else ''} is {loss}")
+                raise NonFiniteError(f"the loss of {what}{' (' + ', '.join(odd) + ')' if odd else ''} is {loss}")
 
 
 @dataclass
-class Passes:
+class PassCounter:
     """Images that went forward through a network in this process, and back to their gradients."""
 
     forward: int = 0
@@ -159,7 +57,7 @@ class Passes:
         return counted
 
 
-def tally(logits: torch.Tensor, y: torch.Tensor, row: torch.Tensor, rows: int) -> torch.Tensor:
+def per_threat_sums(logits: torch.Tensor, y: torch.Tensor, row: torch.Tensor, rows: int) -> torch.Tensor:
     """Sums over views of images, apart for each row: (rows, 3) of cross-entropy, right answers, how many.
 
     logits (V, B, K), y (B,), row (V, B) int64: which row a view counts for.
@@ -171,14 +69,14 @@ def tally(logits: torch.Tensor, y: torch.Tensor, row: torch.Tensor, rows: int) -
     return torch.where(mine, values[:, :, None], 0).sum((0, 1))  # `where`: another row's NaN must not spread
 
 
-class Meter:
+class EpochMetrics:
     """An epoch's losses and accuracies, apart for each of `norms` and for clean images.
 
     They stay on the device, which is asked for them once, by `record`.
     """
 
     def __init__(self, norms: Sequence[str], device: torch.device) -> None:
-        self.norms, self.device, self.passes = list(norms), device, Passes()
+        self.norms, self.device, self.passes = list(norms), device, PassCounter()
         self.reset()
 
     def reset(self) -> None:
@@ -202,7 +100,7 @@ class Meter:
         self.start = time.time() - state["seconds"]
 
     def observe(self, sums: torch.Tensor, points: int, points_here: int) -> None:
-        """Count an update of so many images, so many of them in this process: what `tally` says of all, (norms + 1, 3)."""
+        """Count an update of so many images, so many of them in this process: what `log` says of all, (norms + 1, 3)."""
         self.sums += sums
         self.points += points
         self.points_here += points_here

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attacks.apgd import Model
 from attacks.losses import cross_entropy
-from attacks.results import Evaluation
+from evaluation.results import Evaluation
 
 
 def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
@@ -49,9 +49,9 @@ def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
 def result_warnings(evaluation: Evaluation) -> list[str]:
     """Runs that were too few: the last APGD run of a norm still broke more than 1 % of the points, and more than one."""
     found = []
-    for threat, tally in evaluation.tallies.items():
-        apgd = [r for r, run in enumerate(tally.runs) if run.kind in ("CE", "T")]
-        broken = int((tally.broken_by == apgd[-1]).sum()) if len(apgd) > 1 else 0
+    for threat, log in evaluation.logs.items():
+        apgd = [r for r, run in enumerate(log.runs) if run.kind in ("CE", "T")]
+        broken = int((log.broken_by == apgd[-1]).sum()) if len(apgd) > 1 else 0
         if broken > max(1, len(evaluation.clean) / 100):
             found.append(
                 f"{threat}: the last of {len(apgd)} runs still broke {broken} points; give it more (--n_restarts, --n_targets, --n_iter)"

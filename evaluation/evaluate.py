@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from attacks.apgd import Model
-from attacks.checks import network_warnings, result_warnings
-from attacks.curve import above, accuracy_curve, below
-from attacks.results import Evaluation, Run, Tally, runs_for
 from attacks.threat import Threat
-from attacks.work import Budget, Points, Work, image_path
-from utils.distributed import wait_for_all
-from utils.journal import ImageFile, Journal
+from evaluation.checks import network_warnings, result_warnings
+from evaluation.curve import above, accuracy_curve, below
+from evaluation.results import AttackLog, AttackRun, Evaluation, runs_for
+from evaluation.storage import ImageFile, Journal
+from evaluation.threat_evaluator import AttackPlan, Points, ThreatEvaluator, image_path
+from utils.distributed import barrier
 
-STANDARD = Budget()
+STANDARD = AttackPlan()
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     points: Points,
     threats: Sequence[Threat],
     device: torch.device,
-    budget: Budget = STANDARD,
+    plan: AttackPlan = STANDARD,
     batch_size: int = 250,
     seed: int = 0,
     folder: Path | None = None,
@@ -42,51 +42,53 @@ def evaluate(
     don't depend on batch size, order or number of processes, up to the rounding of the network's kernels. With a folder, the images that
     broke points are in its adv_THREAT.npy (clean ones elsewhere), and what its journal says is done is not done again. share is
     (rank, number) of this process: each takes its part of the points, all return the whole. Images outside ball or box don't count and
-    are warned of. The folder's journal must be of the same network, points, threats, budget and seed.
+    are warned of. The folder's journal must be of the same network, points, threats, plan and seed.
     """
     rank, number = share
     journal = Journal(folder, rank)
     mine = torch.arange(rank, len(points), number)
     ranked, found = _clean(model, points, mine, device, batch_size, journal)
-    wait_for_all()
-    tallies = {
-        t: _empty(len(points), runs_for(budget.attacks, t.norm, ranked.shape[1], budget.n_restarts, budget.n_targets))
+    barrier()
+    logs = {
+        t: _empty(len(points), runs_for(plan.attacks, t.norm, ranked.shape[1], plan.n_restarts, plan.n_targets))
         for t in threats
     }
-    clean = _replay(journal, len(points), tallies)
+    clean = _replay(journal, len(points), logs)
     works = {}
     for threat in threats:
         path = image_path(folder, threat) if folder else None
         if path and rank == 0:
             ImageFile.make(path, len(points), points.x)
-        wait_for_all()
+        barrier()
         images = ImageFile(path) if path else None
-        works[threat] = Work(model, points, ranked, threat, tallies[threat], budget, seed, device, journal, images)
-    standing = clean & ~torch.stack([torch.zeros_like(clean), *(tally.broken for tally in tallies.values())]).any(0)
+        works[threat] = ThreatEvaluator(
+            model, points, ranked, threat, logs[threat], plan, seed, device, journal, images
+        )
+    standing = clean & ~torch.stack([torch.zeros_like(clean), *(log.broken for log in logs.values())]).any(0)
     # For the union the first runs of all norms go before the rest: they break most of what breaks, L1's brief one at the least cost.
-    for first_alone in (True, False) if budget.union_only else (False,):
-        for threat in sorted(threats, key=lambda t: t.norm != "L1") if budget.union_only else threats:
-            left = standing if budget.union_only else clean
+    for first_alone in (True, False) if plan.union_only else (False,):
+        for threat in sorted(threats, key=lambda t: t.norm != "L1") if plan.union_only else threats:
+            left = standing if plan.union_only else clean
             chosen = [i for i in mine.tolist() if left[i]]
             works[threat].run_apgd(chosen, batch_size, progress and rank == 0, first_alone)
-            if budget.attacks == "autoattack" and not first_alone:
+            if plan.attacks == "autoattack" and not first_alone:
                 works[threat].run_library(chosen, batch_size)
-            standing &= ~tallies[threat].broken
-    curve: dict[Threat, Tally] = {}
-    for threat in threats if budget.curve else ():
+            standing &= ~logs[threat].broken
+    curve: dict[Threat, AttackLog] = {}
+    for threat in threats if plan.curve else ():
         # A point that stands at eps stands below; one that broke at a radius is broken above it.
         smaller, larger = below(threat), above(threat)
-        for radii, pending in ((smaller, clean & tallies[threat].broken), (larger, clean & ~tallies[threat].broken)):
+        for radii, pending in ((smaller, clean & logs[threat].broken), (larger, clean & ~logs[threat].broken)):
             for radius in radii:
-                curve[radius] = _empty(len(points), [Run("CE")])
+                curve[radius] = _empty(len(points), [AttackRun("CE")])
                 _replay(journal, len(points), {radius: curve[radius]})
-                work = Work(model, points, ranked, radius, curve[radius], budget, seed, device, journal, None)
+                work = ThreatEvaluator(model, points, ranked, radius, curve[radius], plan, seed, device, journal, None)
                 work.run_apgd([i for i in mine.tolist() if pending[i]], batch_size, progress and rank == 0)
                 pending = pending & ~curve[radius].broken
-    wait_for_all()
-    clean = _replay(journal, len(points), tallies | curve)  # with the other processes' part
-    evaluation = Evaluation(clean, tallies, budget.union_only, warnings=found)
-    if budget.curve:
+    barrier()
+    clean = _replay(journal, len(points), logs | curve)  # with the other processes' part
+    evaluation = Evaluation(clean, logs, plan.union_only, warnings=found)
+    if plan.curve:
         evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in threats}
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
@@ -119,14 +121,14 @@ def _clean(
     return ranked, found
 
 
-def _empty(n: int, runs: list[Run]) -> Tally:
-    return Tally(runs, torch.zeros(n, len(runs), dtype=torch.int32), torch.full((n,), -1))
+def _empty(n: int, runs: list[AttackRun]) -> AttackLog:
+    return AttackLog(runs, torch.zeros(n, len(runs), dtype=torch.int32), torch.full((n,), -1))
 
 
-def _replay(journal: Journal, n: int, tallies: dict[Threat, Tally]) -> Tensor:
-    """Fill the tallies with all that the journal knows; which points are right, (N,) bool."""
+def _replay(journal: Journal, n: int, logs: dict[Threat, AttackLog]) -> Tensor:
+    """Fill the logs with all that the journal knows; which points are right, (N,) bool."""
     clean = torch.zeros(n, dtype=torch.bool)
-    by_name = {str(threat): tally for threat, tally in tallies.items()}
+    by_name = {str(threat): log for threat, log in logs.items()}
     for record in journal.records():
         point = record["point"]
         if record["task"] == "clean":
@@ -134,8 +136,8 @@ def _replay(journal: Journal, n: int, tallies: dict[Threat, Tally]) -> Tensor:
         else:
             if record["task"] not in by_name:
                 continue  # another radius of the curve
-            tally = by_name[record["task"]]
-            tally.passes[point, record["run"]] = record["passes"]
+            log = by_name[record["task"]]
+            log.passes[point, record["run"]] = record["passes"]
             if record["broken"]:
-                tally.broken_by[point] = record["run"]
+                log.broken_by[point] = record["run"]
     return clean

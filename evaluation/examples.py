@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from attacks.apgd import Model
-from attacks.results import Evaluation
-from attacks.work import Points, image_path
-from utils.journal import ImageFile
-from utils.report import Example
+from evaluation.report import Example
+from evaluation.results import Evaluation
+from evaluation.storage import ImageFile
+from evaluation.threat_evaluator import Points, image_path
 
 
-def telling_examples(
+def worst_examples(
     model: Model, points: Points, result: Evaluation, folder: Path, class_names: Sequence[str], device: torch.device
 ) -> list[Example]:
     """Up to 8 points for the report: of each pattern of broken norms in turn the one with the surest wrong answer, from at most 250."""
-    broken = {threat: tally.broken for threat, tally in result.tallies.items()}
+    broken = {threat: log.broken for threat, log in result.logs.items()}
     if not broken or not torch.stack([*broken.values()]).any():
         return []
     looked_at = torch.stack([*broken.values()]).any(0).nonzero()[:250, 0]

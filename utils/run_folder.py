@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import write_whole
+from utils.checkpoint import write_atomic
 
 PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "gdown", "scikit-learn", "tqdm", "filelock")
 
@@ -54,7 +54,7 @@ def folder_name(parts: list[str]) -> str:
 
 
 @contextmanager
-def made_folder(folder: Path) -> Iterator[Path]:
+def new_folder_or_nothing(folder: Path) -> Iterator[Path]:
     """`folder`, made if it is missing; an exception inside takes away again all that was made, outer folders too."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -93,7 +93,7 @@ def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict
 def write_json(path: Path, content: Any) -> None:
     """JSON with a line for each value, lists of numbers on one line; whole or not at all."""
     text = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(content, indent=2))
-    write_whole(f"{text}\n".encode(), path)
+    write_atomic(f"{text}\n".encode(), path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

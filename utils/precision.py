@@ -16,7 +16,7 @@ AMPS: tuple[Amp, ...] = get_args(Amp)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def in_format(model: Callable[[Tensor], Tensor], device: torch.device, amp: Amp) -> Callable[[Tensor], Tensor]:
+def autocast_model(model: Callable[[Tensor], Tensor], device: torch.device, amp: Amp) -> Callable[[Tensor], Tensor]:
     """The network with its forward passes under autocast in that format: float32 images in, logits of that format out."""
     if amp == "off":
         return model
@@ -28,15 +28,15 @@ def in_format(model: Callable[[Tensor], Tensor], device: torch.device, amp: Amp)
     return forward
 
 
-def check_format(device: torch.device, amp: Amp) -> None:
+def check_amp(device: torch.device, amp: Amp) -> None:
     """Raises ValueError if the device does not take the format."""
     if amp == "fp16" and device.type != "cuda":
         raise ValueError(f"fp16 is for CUDA devices; on {device.type} take bf16")
 
 
-def set_up(threads: int | None, tf32: bool) -> None:
+def set_up_torch(threads: int | None, tf32: bool) -> None:
     """Freed memory is kept; number of CPU threads (None: PyTorch's choice); on NVIDIA cards TF32, and convolutions chosen by trial."""
-    keep_memory()
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -44,7 +44,7 @@ def set_up(threads: int | None, tf32: bool) -> None:
     torch.backends.cudnn.benchmark = tf32
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let this process keep what it frees, for its next tensors, where the C library is glibc; elsewhere nothing happens.
 
     As it comes, glibc returns large tensors to the system at once, which has to clear their pages for each new one: a fifth of a
@@ -61,8 +61,8 @@ def keep_memory() -> None:
 def full_precision() -> Iterator[None]:
     """Float32 as it is inside, where figures are measured in batches of any size; TF32 again after, if it was on."""
     before = torch.backends.cudnn.allow_tf32
-    set_up(None, tf32=False)
+    set_up_torch(None, tf32=False)
     try:
         yield
     finally:
-        set_up(None, tf32=before)
+        set_up_torch(None, tf32=before)

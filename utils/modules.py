@@ -1,0 +1,61 @@
+"""A network's mode and gradients, for the length of a block; random generators by key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module in eval mode inside; each back in its own mode after (a frozen BatchNorm stays frozen)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def no_param_grad(model: nn.Module) -> Iterator[nn.Module]:
+    """No parameter asks for a gradient inside, so that none is computed or kept for; each as it was after."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but the key, such as (seed, epoch, step): resuming needs no saved state."""
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
+
+
+class AsyncScalars:
+    """Numbers on their way from a CUDA device to the host, which goes on meanwhile (other devices are waited for)."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        cuda = value.is_cuda
+        self.copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda)
+        self.copy.copy_(value, non_blocking=cuda)
+        self.arrived = torch.cuda.Event() if cuda else None
+        if self.arrived:
+            self.arrived.record(torch.cuda.current_stream(value.device))
+
+    def numbers(self) -> Any:
+        """The number, or nested lists of numbers; waits until they are here."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy.tolist()
