@@ -48,8 +48,8 @@ from data import (
 from evaluation.evaluate import evaluate
 from evaluation.results import Evaluation, accuracy_table, evaluation_json
 from evaluation.threat_evaluator import AttackPlan, Points
-from models import Spec, build_model
-from models.preact_resnet import ACTIVATIONS
+from models import ACTIVATIONS, FINETUNE_LR, Spec, build_model, describe_networks, find_network, new_spec
+from models.own_function import split_own_function
 from models.pretrained import check_fits, check_one_point, load_model, rebuild
 from models.robustbench_zoo import published_preparation
 from training.gradient_projection import GradientProjection
@@ -133,7 +133,7 @@ def make_parser() -> Parser:
     add_flag(
         model,
         "--arch",
-        help="preact-resnet18 or wide-resnet-DEPTH-WIDTH, as wide-resnet-28-10 (preact-resnet18, or the checkpoint's)",
+        help=f"network: {describe_networks()} (preact-resnet18, or the checkpoint's)",
     )
     add_flag(
         model,
@@ -431,16 +431,18 @@ def resolve(args: Namespace, parser: Parser) -> None:
 
 def resolve_network(args: Namespace, parser: Parser) -> None:
     """The same for --arch, --act and --width; the network of --finetune_model has its own."""
-    if args.arch:
+    arch = args.arch or "preact-resnet18"
+    if not split_own_function(arch):
         with parser.blame("--arch"), torch.device("meta"):
-            build_model(args.arch)
-    if args.width and args.arch not in (None, "preact-resnet18"):
+            build_model(arch)
+    network = find_network(arch)
+    if args.width and network and network.width is None:
         parser.error(f"argument --width: {args.arch} says its width itself, leave this flag out")
     if not args.finetune_model:
-        args.arch = args.arch or "preact-resnet18"
-        preact = args.arch == "preact-resnet18"
-        args.act = args.act or ("softplus1" if preact else "relu")
-        args.width = args.width or (None if not preact else 16 if args.dataset == "digits" else 64)
+        args.arch = arch
+        if network:
+            args.act = args.act or network.act
+            args.width = args.width or (network.width and (DATASETS[args.dataset].width or network.width))
 
 
 def scheme_of(args: Namespace) -> Scheme:
@@ -461,7 +463,7 @@ def load(
     if state:
         spec = dict(state["spec"])
         with parser.blame("--resume"):
-            model = rebuild(spec, args.model_name)
+            model = rebuild(spec, args.model_name or args.arch)
     elif args.finetune_model:
         with parser.blame("--model_name"):
             loaded = load_model(args.model_name, args.model_dir, args.dataset, args.act, args.arch)
@@ -485,14 +487,16 @@ def load(
             parser.error(f"argument {flag}: {args.dataset} has {there} such points, {asked} were asked for")
     args.n_ex_train, args.n_ex_final = args.n_ex_train or len(data.train), args.n_ex_final or min(1000, len(data.test))
     if not spec:
-        spec = {"arch": args.arch, "num_classes": data.num_classes, "in_channels": data.shape[0], "act": args.act}
-        spec |= {"width": args.width} if args.width else {}
-        model = build_model(**spec)
+        sizes = {"num_classes": data.num_classes, "in_channels": data.shape[0], "act": args.act, "width": args.width}
+        spec = new_spec(args.arch, **sizes)
+        with parser.blame("--arch"):
+            model = build_model(args.arch, **sizes)
     if args.finetune_model and args.dataset == "imagenet":
         args.lr_max = args.lr_max or (1e-4 if "xcit" in args.model_name.lower() else 0.005)
-    args.lr_max = args.lr_max or (0.01 if args.finetune_model and args.arch != "preact-resnet18" else 0.05)
+    network = find_network(args.arch or "")
+    args.lr_max = args.lr_max or (0.05 if not args.finetune_model else network.finetune_lr if network else FINETUNE_LR)
     model = model.to(device)
-    with parser.blame("--model_name"), eval_mode(model):
+    with parser.blame("--model_name" if args.model_name else "--arch"), eval_mode(model):
         check_fits(model, data.shape, data.num_classes)
     if 1 in (args.batch_size, args.n_ex_train):
         with parser.blame("--batch_size" if args.batch_size == 1 else "--n_ex_train"):

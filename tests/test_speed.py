@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models.preact_resnet as preact_resnet
+from models import layers, preact_resnet
 import train
 from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
@@ -57,7 +57,8 @@ def test_channels_last_and_folded_statistics_change_nothing(training: bool, monk
         return [loss.detach(), *torch.autograd.grad(loss, [images, *network.parameters()])]
 
     ours = [gradients(model) for _ in range(3)]  # three times: memory that is corrupted differs from call to call
-    monkeypatch.setattr(preact_resnet, "normalise", lambda bn, value: bn(value))
+    for module in (layers, preact_resnet):
+        monkeypatch.setattr(module, "normalise", lambda bn, value: bn(value))
     expected = gradients(other)
     for found in ours:
         assert found[1].is_contiguous()
@@ -156,7 +157,7 @@ def test_a_number_on_its_way_is_not_changed_by_what_comes_after() -> None:
 
 def test_softplus_in_bf16() -> None:
     x = torch.linspace(-30, 30, 10_001).bfloat16().requires_grad_(True)
-    value = preact_resnet.softplus(x)
+    value = layers.softplus(x)
     (slope,) = torch.autograd.grad(value.sum(), x)
     exact = F.softplus(x.detach().double(), threshold=100)
     assert float(((value.detach().double() - exact).abs() / (1 + exact)).max()) < 0.01
