@@ -64,7 +64,10 @@ def make_parser() -> Parser:
     add_flag(model, "--model_dir", default="./pretrained", help="folder for pretr_* and RB_* files (%(default)s)")
     points = parser.add_argument_group("points")
     add_flag(
-        points, "--dataset", choices=DATASETS, help="data set (the one the checkpoint was trained on, else cifar10)"
+        points,
+        "--dataset",
+        choices=list(DATASETS),
+        help="data set (the one the checkpoint was trained on, else cifar10)",
     )
     add_flag(
         points,
@@ -186,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with parser.blame("--model_name"):
         check_fits(model, data.shape, data.num_classes)
     with parser.blame("--data_dir"):
-        test = data.test.first(args.n_ex).in_memory()
+        test = data.test.take(args.n_ex).in_memory()
     asked = {name: getattr(args, name) for name in DECIDE} | {"network": fingerprint(model)}
     if of_files:
         asked["points"] = points_fingerprint(test)  # the data set's name does not tell which they are

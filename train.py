@@ -33,18 +33,7 @@ from tqdm import tqdm
 from attacks.apgd import Model
 from attacks.multinorm import ALL_NORMS, SCHEMES, AdversarialBatch, Scheme, make_scheme
 from attacks.threat import NORMS, RADII, threats_for
-from data import (
-    DATASETS,
-    Dataset,
-    FolderSplit,
-    Split,
-    batches,
-    load_dataset,
-    load_extra,
-    mix,
-    number_of_batches,
-    on_device,
-)
+from data import DATASETS, BatchLoader, Dataset, FolderSplit, Split, load_dataset, load_extra, mix, on_device
 from evaluation.evaluate import evaluate
 from evaluation.results import Evaluation, accuracy_table, evaluation_json
 from evaluation.threat_evaluator import AttackPlan, Points
@@ -143,7 +132,7 @@ def make_parser() -> Parser:
     )
     add_flag(model, "--width", type=positive_int, help="channels of the preact-resnet18's first stage (64; digits: 16)")
     points = parser.add_argument_group("points")
-    add_flag(points, "--dataset", choices=DATASETS, default="cifar10", help="data set (%(default)s)")
+    add_flag(points, "--dataset", choices=list(DATASETS), default="cifar10", help="data set (%(default)s)")
     add_flag(
         points,
         "--data_dir",
@@ -549,9 +538,10 @@ class Run:
         self.scheme = scheme_of(args)
         self.threats = self.scheme.threats
         self.natural = Scheme(self.threats)
-        train = mix(data.train.first(args.n_ex_train), data.extra, args.batch_size, args.extra_fraction)
-        self.train = on_device(train, device)
-        self.steps = number_of_batches(len(self.train), args.batch_size, share[1])
+        train = mix(data.train.take(args.n_ex_train), data.extra, args.batch_size, args.extra_fraction)
+        train = on_device(train, device)
+        self.loader = BatchLoader(train, args.batch_size, args.seed, device, *share, args.workers)
+        self.steps = len(self.loader)
         self.lr_at = lr_schedule(args.lr_schedule, args.lr_max)
         self.optimizer = sgd(args, self.model, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -611,19 +601,16 @@ class Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """The rest of the half: x and y of this process' part of each batch, and the number of points of the whole batch."""
         args, first = self.args, self.step % self.steps
-        found = batches(
-            self.train, args.batch_size, args.seed, self.epoch, self.device, first, self.share, args.workers
-        )
         bar = tqdm(
-            found,
+            self.loader.epoch(self.epoch, first),
             total=self.steps,
             initial=first,
             desc=f"epoch {self.epoch + 1}/{args.epochs}",
             leave=False,
             disable=not self.first,
         )
-        for x, y in bar:
-            yield x, y, min(args.batch_size, len(self.train) - self.step % self.steps * args.batch_size)
+        for number, (x, y) in enumerate(bar, first):
+            yield x, y, self.loader.num_examples(number)
 
     def check(self) -> None:
         """Between two updates: raises Interrupted or NonFiniteError, saves the state when that is due. Knows all updates but the last."""
@@ -887,9 +874,7 @@ def quick_figures(run: Run, model: nn.Module) -> dict[str, Any]:
     for name, split in {"train": run.data.train, "test": run.data.test}.items():
         # Several processes meet in a folder of their own, which is gone after.
         folder = run_on_rank0(lambda: emptied(run.folder / "eval")) if run.share[1] > 1 else None
-        figures[name] = accuracy_table(
-            attacked(run, model, split.first(run.args.n_ex_eval), AttackPlan("fast"), folder)
-        )
+        figures[name] = accuracy_table(attacked(run, model, split.take(run.args.n_ex_eval), AttackPlan("fast"), folder))
         barrier()
         if folder and run.first:
             shutil.rmtree(folder)
@@ -901,7 +886,7 @@ def final_figures(run: Run, model: nn.Module, name: str) -> None:
     start = time.time()
     folder = run.folder / name.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
-    result = attacked(run, model, run.data.test.first(run.args.n_ex_final), AttackPlan(), folder)
+    result = attacked(run, model, run.data.test.take(run.args.n_ex_final), AttackPlan(), folder)
     if run.first:
         about = {"seconds": round(time.time() - start, 1), "settings": vars(run.args)}
         content = evaluation_json(result) | about | {"environment": environment(run.device)}

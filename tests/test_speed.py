@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import layers, preact_resnet
 import train
 from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
 from attacks.multinorm import SCHEMES, Scheme, clean_batch, make_scheme
 from attacks.threat import NORMS, RADII, Norm, Threat
-from data import Split, batches, load_dataset
-from models import build_model
+from data import BatchLoader, Split, load_dataset
+from models import build_model, layers, preact_resnet
 from training.metrics import EpochMetrics, NonFiniteGuard
 from utils.modules import AsyncScalars, eval_mode, no_param_grad
 from utils.precision import autocast_model, check_amp, set_up_torch
@@ -75,7 +74,7 @@ def test_narrow_networks_stay_plain(width: int) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: Norm, trained: nn.Module) -> None:
-    x, y = load_dataset("digits", "").test.first(64).pixels()
+    x, y = load_dataset("digits", "").test.take(64).pixels()
     threat = Threat(norm, RADII["digits"][norm])
     whole = apgd(trained, x, y, threat, 10)
     half = apgd(autocast_model(trained, CPU, amp), x, y, threat, 10)  # type: ignore[arg-type]
@@ -138,7 +137,7 @@ def test_attack_update_and_meter_run_on_meta(norm: Norm | None) -> None:
 def test_an_update_in_fp16_scales_its_gradients() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    x, y = load_dataset("digits", "").train.first(32).pixels()
+    x, y = load_dataset("digits", "").train.take(32).pixels()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=5, enabled=True)
     batch = [(clean_batch(x, 0), y)]
@@ -196,7 +195,7 @@ def test_training_never_waits_for_the_gpu(name: str) -> None:
         True,
     )
     for epoch in range(2):  # the first one fills caches
-        parts = batches(split, 16, 0, epoch, device)
+        parts = BatchLoader(split, 16, 0, device).epoch(epoch)
         x, y = next(parts)
         torch.cuda.set_sync_debug_mode("error" if epoch else "default")
         for step, (x, y) in enumerate(parts):

@@ -35,7 +35,7 @@ Model = Callable[[Tensor], Tensor]
 
 
 def digits(n: int) -> Points:
-    test = load_dataset("digits", "").test.first(n)
+    test = load_dataset("digits", "").test.take(n)
     return Points(test.images, test.labels, test.levels)
 
 
