@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +173,8 @@ class DatasetSpec:
     name: str  # as --dataset takes it
     summary: str  # its line in --help
     load: Callable[
-        [Path, int, Transform | None], Dataset
-    ]  # of --data_dir and, for files, image_size and prepare; ValueError
+        ..., Dataset
+    ]  # load(name, data_dir, image_size, prepare), of which the last two are for files; ValueError
     radii: dict[str, float]  # eps of each norm, for pixels in [0, 1]
     files: bool = False  # the images are files, of any size, read when needed
     width: int | None = None  # channels of the first stage of a network from scratch (None: the network's own default)
@@ -189,7 +188,7 @@ def load_dataset(name: str, data_dir: str, image_size: int = 224, prepare: Trans
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose {' or '.join(DATASETS)}")
-    return DATASETS[name].load(Path(data_dir), image_size, prepare)
+    return DATASETS[name].load(name, Path(data_dir), image_size, prepare)
 
 
 def _load_cifar(name: str, data_dir: Path, *_: object) -> Dataset:
@@ -272,7 +271,7 @@ def _fixed_order(labels: Tensor) -> Tensor:
     by_class = by_class[labels[by_class].argsort(stable=True)]
     counts = labels.bincount()
     turn = torch.cat([torch.arange(n) for n in counts.tolist()])
-    # The j-th of a class' n points has its position at random between j/n and (j + 1)/n of the whole.
+    # The j-th of a class' n examples has its position at random between j/n and (j + 1)/n of the whole.
     position = (turn + torch.rand(len(labels), generator=draws, dtype=torch.float64)) / counts.repeat_interleave(counts)
     return by_class[position.argsort(stable=True)]
 
@@ -282,13 +281,11 @@ IMAGENET_RADII = {"Linf": 4 / 255, "L2": 2.0, "L1": 255.0}  # for 224 pixels
 DIGITS_RADII = {"Linf": 0.1, "L2": 0.4, "L1": 2.0}  # how they were chosen: docs/digits.md
 
 _SPECS = (
-    DatasetSpec("cifar10", "32 x 32 pixels, 10 classes", partial(_load_cifar, "cifar10"), CIFAR_RADII),
-    DatasetSpec("cifar100", "32 x 32 pixels, 100 classes", partial(_load_cifar, "cifar100"), CIFAR_RADII),
-    DatasetSpec(
-        "imagenet", "train/CLASS/*.jpg, val/CLASS/*.jpg", partial(_load_folders, "imagenet"), IMAGENET_RADII, True
-    ),
-    DatasetSpec("imagefolder", "the same, of anything", partial(_load_folders, "imagefolder"), IMAGENET_RADII, True),
-    DatasetSpec("digits", "8 x 8 pixels, grey, no download", _load_digits, DIGITS_RADII, width=16),
+    DatasetSpec("cifar10", "32 x 32 pixels, 10 classes", _load_cifar, CIFAR_RADII),
+    DatasetSpec("cifar100", "32 x 32 pixels, 100 classes", _load_cifar, CIFAR_RADII),
+    DatasetSpec("imagenet", "train/CLASS/*.jpg and val/CLASS/*.jpg", _load_folders, IMAGENET_RADII, files=True),
+    DatasetSpec("imagefolder", "the same, any classes", _load_folders, IMAGENET_RADII, files=True),
+    DatasetSpec("digits", "8 x 8 pixels, 10 classes, no download", _load_digits, DIGITS_RADII, width=16),
 )
 DATASETS = {spec.name: spec for spec in _SPECS}
 
@@ -303,9 +300,8 @@ def load_extra(file: str, data: Dataset) -> Extra:
     """
     train = data.train
     if isinstance(train, FolderSplit):
-        raise ValueError(
-            f"{data.name} takes no extra images; {', '.join(spec.name for spec in DATASETS.values() if not spec.files)} do"
-        )
+        others = [spec.name for spec in DATASETS.values() if not spec.files]
+        raise ValueError(f"{data.name} takes no extra images; {', '.join(others)} do")
     images, labels = _read_extra(file)
     channels, height, width = data.shape
     if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):

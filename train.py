@@ -37,7 +37,8 @@ from data import DATASETS, BatchLoader, Dataset, FolderSplit, Split, load_datase
 from evaluation.evaluate import evaluate
 from evaluation.results import Evaluation, accuracy_table, evaluation_json
 from evaluation.threat_evaluator import AttackPlan, Points
-from models import ACTIVATIONS, FINETUNE_LR, Spec, build_model, describe_networks, find_network, new_spec
+from models import ACTIVATIONS, Spec, build_model, find_network, new_spec
+from models.networks import FINETUNE_LR, describe_networks
 from models.own_function import split_own_function
 from models.pretrained import check_fits, check_one_point, load_model, rebuild
 from models.robustbench_zoo import published_preparation

@@ -4,31 +4,10 @@ import importlib
 import pkgutil
 
 from models.layers import ACTIVATIONS
-from models.networks import (
-    FINETUNE_LR,
-    NETWORKS,
-    Network,
-    Spec,
-    build_model,
-    describe_networks,
-    find_network,
-    new_spec,
-    register_network,
-)
+from models.networks import NETWORKS, Network, Spec, build_model, find_network, new_spec, register_network
 
-__all__ = [
-    "ACTIVATIONS",
-    "FINETUNE_LR",
-    "NETWORKS",
-    "Network",
-    "Spec",
-    "build_model",
-    "describe_networks",
-    "find_network",
-    "new_spec",
-    "register_network",
-]
+__all__ = ["ACTIVATIONS", "NETWORKS", "Network", "Spec", "build_model", "find_network", "new_spec", "register_network"]
 
 # A new network is a new file in this folder: all of them are imported, so that each can register what it has.
 for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"models.{_module.name}")
+    importlib.import_module(f"{__name__}.{_module.name}")

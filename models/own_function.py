@@ -56,8 +56,6 @@ def _arguments(function: Callable[..., Any], name: str, offered: dict[str, Any])
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     passed = {key: value for key, value in offered.items() if takes_any or key in names}
-    if refused := sorted(offered.keys() - passed.keys() - {*OPTIONAL}):
-        raise ValueError(f"{name} takes no {' or '.join(refused)}; leave --{' and --'.join(refused)} out")
     needed = [
         p.name
         for p in parameters
@@ -67,6 +65,8 @@ def _arguments(function: Callable[..., Any], name: str, offered: dict[str, Any])
         raise ValueError(
             f"{name} needs {', '.join(needed)}; passed by name are {', '.join(offered) or 'none'}: give the rest default values"
         )
+    if refused := sorted(offered.keys() - passed.keys() - {*OPTIONAL}):
+        raise ValueError(f"{name} takes no {' or '.join(refused)}; leave --{' and --'.join(refused)} out")
     return passed
 
 
@@ -75,9 +75,11 @@ def _located(file: Path, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:  # whatever a user's code raises
-        frames = [
-            frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == file.name
+        lines = [
+            line
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if Path(frame.f_code.co_filename).resolve() == file.resolve()
         ]
-        line = frames[-1].lineno if frames else getattr(error, "lineno", None)  # a SyntaxError has no frame
-        message = " ".join(str(error).split())
-        raise ValueError(f"{file}, line {line}: {type(error).__name__}: {message}") from error
+        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame
+        place = f"{file}, line {line}" if line else str(file)  # a function that the file imports is elsewhere
+        raise ValueError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error

@@ -13,7 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import DATASETS, BatchLoader, ShardedBatches, ShuffledTensors, Split, load_dataset, number_of_batches
+from attacks.threat import NORMS, RADII
+from data import (
+    DATASETS,
+    BatchLoader,
+    Dataset,
+    DatasetSpec,
+    ShardedBatches,
+    ShuffledTensors,
+    Split,
+    load_dataset,
+    number_of_batches,
+)
 from utils.workers import load_ahead
 
 
@@ -66,6 +77,38 @@ def test_digits_pixels() -> None:
 def test_unknown_data_set() -> None:
     with pytest.raises(ValueError, match=" or ".join(DATASETS)):
         load_dataset("cifar-10", "/nowhere")
+
+
+def test_a_data_set_is_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, data_dir: Path, *_: object) -> Dataset:
+        assert data_dir == Path("folder")
+        return Dataset(name, numbered(20), numbered(10), tuple(map(str, range(20))))
+
+    spec = DatasetSpec("numbers", "made by this test", load, {"Linf": 0.1, "L2": 0.5, "L1": 2.0})
+    monkeypatch.setitem(DATASETS, spec.name, spec)
+    data = load_dataset("numbers", "folder")
+    assert (data.name, len(data.train), data.num_classes, data.shape) == ("numbers", 20, 20, (1, 4, 4))
+    with pytest.raises(ValueError, match=r"choose .* or numbers"):
+        load_dataset("cifar-10", "/nowhere")
+
+
+@pytest.mark.parametrize("spec", DATASETS.values(), ids=lambda spec: spec.name)
+def test_every_data_set_has_a_radius_for_every_norm_and_a_line_of_help(spec: DatasetSpec) -> None:
+    assert DATASETS[spec.name] is spec
+    assert spec.radii == RADII[spec.name]
+    assert list(spec.radii) == list(NORMS)
+    assert spec.summary
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("n", [20, 21, 22, 23, 27])
+def test_the_loader_tells_how_many_batches_and_examples_there_are(n: int, world_size: int) -> None:
+    loaders = [BatchLoader(numbered(n), 8, rank=rank, world_size=world_size) for rank in range(world_size)]
+    sizes = [
+        sum(map(len, labels)) for labels in zip(*([y for _, y in loader.epoch(0)] for loader in loaders), strict=True)
+    ]
+    assert len(sizes) == len(loaders[0])
+    assert sizes == [loaders[0].num_examples(i) for i in range(len(sizes))]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import eval as eval_script
 import train
-from models import NETWORKS, Network, build_model, describe_networks, find_network, new_spec, register_network
+from models import NETWORKS, Network, build_model, find_network, new_spec, register_network
+from models.networks import describe_networks
 from models.pretrained import load_model, rebuild
 from utils.checkpoint import load_tensors
 
@@ -126,6 +127,8 @@ def test_help_and_errors_name_it(network: Network, capsys: pytest.CaptureFixture
 
 NETS = """
 import torch
+from torch.nn import Linear
+from torchvision.models import resnet18
 
 class Net(torch.nn.Module):
     def __init__(self, num_classes, in_channels=3):
@@ -190,6 +193,8 @@ def test_a_function_gets_the_sizes_that_it_takes(nets: Path) -> None:
         ("Net", {"act": "relu", "width": 8}, ["takes no act or width", "leave --act and --width out"]),
         ("three", {}, ["torch.nn.Module", "int"]),
         ("absent", {}, ["nets.py has no function absent"]),
+        ("Linear", {"width": 3, "act": "relu"}, ["needs in_features, out_features"]),
+        ("resnet18", {}, ["nets.py: TypeError: ", "in_channels"]),
         ("fails", {}, [f"nets.py, line {NETS.count(chr(10))}: IndexError: list index out of range"]),
     ],
 )
