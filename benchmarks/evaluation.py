@@ -23,7 +23,7 @@ from evaluation.evaluate import evaluate
 from evaluation.results import accuracy_table
 from evaluation.threat_evaluator import AttackPlan, Points
 from models.pretrained import load_model
-from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
+from utils.cli import Parser, add_flag, floats, natural_int, positive_int, words
 from utils.distributed import choose_device
 
 OURS = {
@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flag(parser, "--data_dir", default="./datasets", help="(%(default)s)")
     add_flag(parser, "--dataset", default="cifar10", help="(%(default)s)")
     add_flag(parser, "--n_ex", type=positive_int, default=50, help="first test points (%(default)s)")
-    add_flag(parser, "--l_norms", type=word_list, default=list(NORMS), help="('Linf L2 L1')")
-    add_flag(parser, "--l_eps", type=float_list, help="a radius per norm (the data set's)")
+    add_flag(parser, "--l_norms", type=words, default=list(NORMS), help="('Linf L2 L1')")
+    add_flag(parser, "--l_eps", type=floats, help="a radius per norm (the data set's)")
     add_flag(parser, "--batch_size_eval", type=positive_int, default=250, help="points attacked at once (%(default)s)")
     add_flag(parser, "--seed", type=natural_int, default=0, help="(%(default)s)")
     add_flag(parser, "--device", default="auto", help="(%(default)s)")
-    add_flag(parser, "--only", type=word_list, help=f"rows by number, 0 is {OTHER}, then {', '.join(OURS)} (all)")
+    add_flag(parser, "--only", type=words, help=f"rows by number, 0 is {OTHER}, then {', '.join(OURS)} (all)")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     model = load_model(args.model_name, args.model_dir, args.dataset).model.eval().to(device).requires_grad_(False)

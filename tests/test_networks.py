@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,8 +102,7 @@ def test_trained_fine_tuned_and_evaluated(network: Network) -> None:
     for start, arch in ((f"{folder}/ep_1.pth", []), ("plain.pth", [f"--arch={spec['arch']}"])):
         tuned = train.main([*RUN, "--finetune_model", f"--model_name={start}", *arch])
         config = json.loads((tuned / "config.json").read_text())
-        assert (config["arch"], config["act"], config["width"]) == (spec["arch"], network.act, spec.get("width"))
-        assert config["lr_max"] == network.finetune_lr
+        assert (config["network"], config["lr_max"]) == (spec, network.finetune_lr)
         assert load_tensors(tuned / "ep_1.pth")["spec"] == spec
     accuracy = []
     for name in (f"{folder}/ep_1.pth", "plain.pth"):
@@ -257,19 +257,19 @@ def test_a_network_of_ones_own_is_trained_resumed_tuned_and_evaluated(nets: Path
 def test_a_run_of_ones_own_network_goes_on(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*EAT, "--arch=nets.py:Net", "--epochs=2", "--save_every=0.00001"]
     whole = train.main(flags)
-    update, done = train.update, []
+    optimizer_step, done = train.optimizer_step, []
 
-    def cut_off(*args: object) -> Tensor:
+    def cut_off(*args: Any) -> None:
         if len(done) == 3:
             raise ConnectionResetError
         done.append(1)
-        return update(*args)
+        optimizer_step(*args)
 
-    monkeypatch.setattr(train, "update", cut_off)
-    with pytest.raises(SystemExit):
-        train.main([*flags, "--save_dir=cut"])
-    monkeypatch.setattr(train, "update", update)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "optimizer_step", cut_off)
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--save_dir=cut"])
     [cut] = Path("cut").iterdir()
-    assert train.main([f"--resume={cut}"]) == cut
+    assert train.main([f"--resume={cut}", "--arch=nets.py:Net"]) == cut
     ours, theirs = (load_tensors(folder / "ep_2.pth")["state_dict"] for folder in (cut, whole))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
