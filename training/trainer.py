@@ -192,9 +192,11 @@ class Trainer:
 
     def save(self) -> None:
         """Save the training state, once all steps are known to be finite. Raises NonFiniteError, OSError."""
-        pending = [(step, scalars.numbers()) for step, scalars in self._pending]
-        for step, (loss, *table, _) in pending:
+        pending = []
+        for step, scalars in self._pending:
+            loss, *table, _ = scalars.numbers()
             self.guard.check(step, loss, table[::3])
+            pending.append((step, [loss, *table, 0.0]))  # whoever resumes was not asked to stop
         self.checkpoints.save(self.epoch, self.step, {"pending": pending})
 
     def restore(self, state: dict[str, Any]) -> None:
