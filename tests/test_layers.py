@@ -1,4 +1,4 @@
-"""Who may import whom: attacks, models and data know utils only; config names what they have; training uses all; nobody imports a script."""
+"""Who may import whom: attacks, models and data know utils only; config names what they have; training uses all; no script is imported."""
 
 from __future__ import annotations
 
