@@ -443,7 +443,7 @@ IN_RUN_NAME = {
 
 def differences(config: TrainConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not the default."""
-    plain = TrainConfig(**{name: value for name, value in asked.items() if name in IN_RUN_NAME})
+    plain = TrainConfig(**{name: getattr(config, name) for name in IN_RUN_NAME})  # to resume, few of them are asked for
     defaults = asdict(resolved(plain))
     options: dict[str, Any] = dict(asked.get("scheme_options", {}))
     names = [name for name in asked if name != "scheme_options" and getattr(config, name) != defaults[name]]

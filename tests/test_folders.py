@@ -359,7 +359,7 @@ def test_a_checkpoint_tells_data_set_and_image_size(
         (["--data_dir=."], ["--data_dir", "train/CLASS"]),
         (["--dataset=digits", "--image_size=32"], ["--image_size", "leave this flag out"]),
         (["--image_size=0"], ["--image_size", "at least 1"]),
-        (["--n_ex=8"], ["--n_ex", "7 test points"]),
+        (["--n_ex=8"], ["--n_ex", "7 test images"]),
         (["--n_ex=7", "broken"], ["--data_dir", "cat/0.png can't be read"]),
     ],
 )
