@@ -545,5 +545,5 @@ def _crop_and_flip(images: Tensor, padding: int, offset: Tensor, flipped: Tensor
     # Indices on both sides of the slice put the channels last: (B, H, W, C).
     cut = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     # clone, not contiguous(): with one channel the latter keeps strides that read as channels-last, where oneDNN's
-    # gradient of narrow convolutions corrupts memory (docs/LOG.md).
+    # gradient of narrow convolutions corrupts memory (docs/log.md).
     return cut.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)

@@ -303,7 +303,7 @@ def steepest(grad: Tensor, norm: Norm, keep: Tensor | None = None) -> Tensor:
 def kth_largest(size: Tensor, k: Tensor) -> Tensor:
     """The k-th (B, 1) largest, from 1, of each row of size (B, N), all >= 0: (B, 1).
 
-    Bit by bit from the highest: floats are in the order of their bits. A sort costs many times as much (docs/LOG.md); topk needs one
+    Bit by bit from the highest: floats are in the order of their bits. A sort costs many times as much (docs/log.md); topk needs one
     k for all rows.
     """
     whole, bits = (torch.int64, 63) if size.dtype == torch.float64 else (torch.int32, 31)

@@ -12,7 +12,7 @@ from attacks.losses import cross_entropy
 from attacks.projections import project
 from attacks.threat import Threat
 
-L1_SHARE = 0.01  # of the entries, at least one, that an L1 step moves: highest loss on CIFAR-10 (docs/LOG.md)
+L1_SHARE = 0.01  # of the entries, at least one, that an L1 step moves: highest loss on CIFAR-10 (docs/log.md)
 STEPS_TO_CROSS = 5  # a threat's step is eps * this / n_iter: eps / 10 in 50 steps, as published for CIFAR-10
 
 

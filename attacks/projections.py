@@ -62,7 +62,7 @@ def project_l1(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     """Nearest point to delta (B, ...) with L1 norm <= eps (B,) and x + delta in [0, 1] (arXiv 2103.01208, section 3).
 
     It is sign(delta) * min(max(|delta| - t, 0), room) for the smallest t >= 0 that meets the radius, found by bisection up to
-    the resolution of the largest entry. (Faster converging methods miss the right piece on some deltas: docs/LOG.md.)
+    the resolution of the largest entry. (Faster converging methods miss the right piece on some deltas: docs/log.md.)
     """
     size, room = _size_and_room(delta, x)
     zero = size.new_zeros(())

@@ -80,7 +80,7 @@ SCHEMES = {  # others are --multinorm=NAME
 }
 # --l_norms is left out: each has those of its paper, L2 among them or not. --train="--l_norms='Linf L1'" gives all the same.
 ALL = "eat eat-uniform eat-mixed sat avg max msd ramp ramp-gp trades L1 ramp5 ramp37 max5 max37-trades"
-# Hours of one core, AMD EPYC with AVX-512, reckoned from what docs/SCHEMES.md shows.
+# Hours of one core, AMD EPYC with AVX-512, reckoned from what docs/schemes.md shows.
 STUDIES = {
     "digits": Study(  # 4 hours; --equal_cost 1 more
         train="--dataset=digits --width=8 --attack=apgd --epochs=30 --batch_size=32 "

@@ -39,7 +39,7 @@ class Row:
         return [self.lines[seed]["accuracy"][name] - other.lines[seed]["accuracy"][name] for seed in both]
 
     def spread(self, name: str) -> float:
-        """Deviation over the seeds; of one seed the standard error that so few test points have."""
+        """Deviation over the seeds; of one seed the standard error that so few test images have."""
         if len(self.lines) > 1:
             return deviation(self.accuracies(name))
         [line] = self.lines.values()
@@ -52,7 +52,7 @@ class Row:
 
 
 def forward(line: Line) -> float:
-    """Passes of an update, with its attack."""
+    """Passes of a training step, with its attack."""
     return line["passes"]["forward"] if line["passes"] else math.nan
 
 
@@ -84,7 +84,15 @@ def accuracy_names(rows: Sequence[Row]) -> list[str]:
 def results_table(rows: Sequence[Row]) -> list[str]:
     """Markdown: accuracies over the seeds and costs, a line a scheme."""
     names = accuracy_names(rows)
-    heads = ["scheme", *names, "passes an update", "s an update", "epochs", "passes in all (1000 batches)", "seeds"]
+    heads = [
+        "scheme",
+        *names,
+        "passes per image",
+        "s per training step",
+        "epochs",
+        "passes in all (1000 batches)",
+        "seeds",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [figure_of(float(np.mean(row.accuracies(n))), deviation(row.accuracies(n))) for n in names]
@@ -120,12 +128,12 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
     dates = sorted({line["date"][:10] for line in lines})
     text = [
         f"# {title}",
-        f"{different('setting')}. Accuracy in % of the first {different('points')} test points, mean ± standard deviation over the seeds",
-        "(which does not tell how much other test points would change it).",
+        f"{different('setting')}. Accuracy in % of the first {different('points')} test images, mean ± standard deviation over the seeds",
+        "(which does not tell how much other test images would change it).",
         "",
         *results_table(rows),
         "",
-        "Passes of the network per training point, forward + backward, of attack and update together. "
+        "Passes of the network per image, forward + backward, of attack and training step together. "
         f"Seconds on {different('device')}; jobs at once: {different('jobs')}, threads of each: {different('threads')}.",
         f"Commit {', '.join(commits)}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}.",
         "",
@@ -169,7 +177,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     settings = dict.fromkeys(line["setting"] for row in rows for line in row.lines.values())
     seeds = sorted({len(row.lines) for row in rows})
     how_many = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
-    of_one = "standard error over the test points"
+    of_one = "standard error over the test images"
     told = f"one seed, {of_one}" if seeds == [1] else f"mean and standard deviation of {how_many} seeds"
     told += f" (of one: {of_one})" if seeds[0] == 1 < seeds[-1] else ""
     figure.suptitle(f"{'; '.join(settings)}\n{told}", fontsize=9)

@@ -1,9 +1,9 @@
 """`make bench`: what training and attacking cost beside the plain way and other libraries, on this machine, in paired runs.
 
 python benchmarks/speed.py --rows='update projection' --runs=3     some rows, fewer runs
-python benchmarks/speed.py --picture=docs/performance.png          where the time of an update goes
+python benchmarks/speed.py --picture=docs/performance.png          where the time of a training step goes
 
-APGDState are markdown: median ratio (the other's time over ours), smallest and largest, goal. docs/PERFORMANCE.md has results.
+Rows are markdown: median ratio (the other's time over ours), smallest and largest, goal. docs/performance.md has results.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def timed_passes() -> Iterator[list[float]]:
 
 
 def rows_update(batch_size: int, runs: int) -> None:
-    """An E-AT update against the plain way, Linf and L1 in turn, each in a process of its own; and the memory it takes."""
+    """An E-AT training step against the plain way, Linf and L1 in turn, each in a process of its own; and the memory it takes."""
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     peaks: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(runs):
@@ -155,10 +155,10 @@ def rows_update(batch_size: int, runs: int) -> None:
             peaks[way].append(float(told[1]))
     for way, goal in (("float32", "1.6"), ("bf16", "3")):
         more = f"{median(times[way]):.1f} s, plain {median(times['plain']):.1f} s"
-        row(f"E-AT update, {way}", over(times, "plain", way), goal, more)
+        row(f"E-AT training step, {way}", over(times, "plain", way), goal, more)
     for way in ("float32", "bf16"):
         more = f"{median(peaks[way]):.0f} MB, plain {median(peaks['plain']):.0f} MB"
-        row(f"peak memory of an update, {way}", over(peaks, "plain", way), "at least 1", more)
+        row(f"peak memory of a training step, {way}", over(peaks, "plain", way), "at least 1", more)
 
 
 def print_update(batch_size: int, way: str, norm: Norm) -> None:
@@ -299,7 +299,7 @@ KINDS = {  # by the operations' own time, those of our softplus with what they c
 
 
 def draw_picture(path: Path, batch_size: int) -> None:
-    """Bars: CPU time of an update with ten steps of Linf, by kind of operation, in three ways."""
+    """Bars: CPU time of a training step with ten steps of Linf, by kind of operation, in three ways."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.8), layout="constrained")
@@ -325,7 +325,9 @@ def draw_picture(path: Path, batch_size: int) -> None:
         print(name, {kind: round(value, 2) for kind, value in spent.items()}, flush=True)
     axes.set_yticks(range(len(WAYS)), ["the plain way", "float32", "--amp=bf16"])
     axes.invert_yaxis()
-    axes.set_xlabel(f"seconds of an update, {batch_size} images, 10 steps of Linf, {torch.get_num_threads()} threads")
+    axes.set_xlabel(
+        f"seconds of a training step, {batch_size} images, 10 steps of Linf, {torch.get_num_threads()} threads"
+    )
     axes.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.savefig(path, dpi=110)
 
@@ -346,7 +348,7 @@ def main() -> None:
     add_flag(parser, "--runs", type=positive_int, default=5, help="paired runs (%(default)s)")
     add_flag(parser, "--batch_size", type=positive_int, default=128, help="images (%(default)s)")
     add_flag(parser, "--threads", type=positive_int, help="CPU threads (PyTorch's choice)")
-    add_flag(parser, "--picture", help="draw where the time of an update goes into this file, and nothing else")
+    add_flag(parser, "--picture", help="draw where the time of a training step goes into this file, and nothing else")
     add_flag(
         parser, "--update", type=words, help="'WAY NORM': print the seconds and MB of one update, and nothing else"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class _Softplus(torch.autograd.Function):
-    """log(1 + exp(x)) of kernels that are vectorised on CPUs: F.softplus' own is a third of a pass there (docs/LOG.md).
+    """log(1 + exp(x)) of kernels that are vectorised on CPUs: F.softplus' own is a third of a pass there (docs/log.md).
 
     The gradient is made from the output in float32, since the next convolution keeps that anyway: a third less memory, and as fast.
     In bfloat16 that would be too coarse.
@@ -19,7 +19,7 @@ class _Softplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:  # evaluations in bfloat16 were compared with this form (docs/LOG.md)
+        if x.dtype != torch.float32:  # evaluations in bfloat16 were compared with this form (docs/log.md)
             ctx.save_for_backward(x)
             return x.abs().neg_().exp_().add_(1).log_().add_(x.relu())
         out = x.relu().sub_(x.abs().sigmoid_().log_())
@@ -42,7 +42,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def normalise(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """bn(x), (B, C, H, W). With fixed statistics on a CPU as one multiply-add: BatchNorm's own gradient is slow there (docs/LOG.md)."""
+    """bn(x), (B, C, H, W). With fixed statistics on a CPU as one multiply-add: BatchNorm's own gradient is slow there (docs/log.md)."""
     if bn.training or x.dtype != torch.float32 or x.device.type != "cpu":
         out: Tensor = bn(x)
         return out

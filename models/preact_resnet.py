@@ -20,7 +20,7 @@ class PreActResNet18(nn.Module):
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 64, act: str = "softplus1") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        # Channels-last is faster, but not for narrow networks: oneDNN's gradients of those corrupt memory (docs/LOG.md). The first
+        # Channels-last is faster, but not for narrow networks: oneDNN's gradients of those corrupt memory (docs/log.md). The first
         # convolution stays plain, so that the gradient of images is laid out as they are.
         self.layout = torch.contiguous_format if width % 16 else torch.channels_last
         planes = width

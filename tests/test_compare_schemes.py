@@ -129,7 +129,7 @@ def test_the_table_is_mean_deviation_and_paired_differences_of_two_schemes_and_t
     assert mine[1] == ["mine", "+0.0 ± 0.0", *zeros, "+3.0 ± 4.0", "2"]  # +7 and -1
     text = (folder / "table.md").read_text()
     assert "digits: Linf 0.1, L1 2" in text
-    assert "first 8 test points" in text
+    assert "first 8 test images" in text
     assert (
         "`train.py --dataset=digits --attack=apgd --epochs=4 --seed=SEED` and\n\n* eat (L1): nothing else\n* mine (L1): `--at_iter=20`"
         in text

@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, for its next tensors, where the C library is glibc; elsewhere nothing happens.
 
     As it comes, glibc returns large tensors to the system at once, which has to clear their pages for each new one: a fifth of a
-    pass on CPUs (docs/LOG.md).
+    pass on CPUs (docs/log.md).
     """
     if platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
