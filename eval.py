@@ -19,20 +19,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attacks.threat import NORMS, threats_for
+from attacks.norms import NORMS
+from attacks.results import Evaluation, table
+from attacks.standard import ATTACKS, AttackPlan, Examples, Network
+from attacks.threat import threats_for
 from data import DATASETS, FolderSplit, Split, load_dataset
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.examples import worst_examples
 from evaluation.report import write_report
-from evaluation.results import Evaluation, evaluation_json, paired, robustbench_fields, runs_for
-from evaluation.threat_evaluator import AttackPlan, Points
+from evaluation.statistics import evaluation_json, paired, robustbench_fields
 from models.pretrained import check_fits, load_model
 from models.robustbench_zoo import published_preparation
 from utils.checkpoint import fingerprint
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
 from utils.distributed import choose_device, local_device, processes, run_on_rank0
 from utils.precision import AMPS, check_amp, set_up_torch
-from utils.run_folder import difference_table, environment, new_folder, newest_folder, read_json, table, write_json
+from utils.run_folder import difference_table, environment, new_folder, newest_folder, read_json, write_json
 
 # An evaluation can go on only if none of these changed. Not the device, the batch size or the number of processes.
 DECIDE = (
@@ -102,7 +104,7 @@ def make_parser() -> Parser:
     add_flag(
         attack,
         "--attacks",
-        choices=["standard", "fast", "autoattack"],
+        choices=ATTACKS,
         default="standard",
         help="standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (%(default)s)",
     )
@@ -190,11 +192,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     asked = {name: getattr(args, name) for name in DECIDE} | {"network": fingerprint(model)}
     if of_files:
         asked["points"] = points_fingerprint(test)  # the data set's name does not tell which they are
-    asked["runs"] = [
-        f"{threat}: {run}"
-        for threat in threats
-        for run in runs_for(args.attacks, threat.norm, data.num_classes, args.n_restarts, args.n_targets)
-    ]
+    plan = attack_plan(args)
+    asked["runs"] = [f"{threat}: {run}" for threat in threats for run in plan.runs(threat.norm, data.num_classes)]
     parts = ["eval", args.dataset, *args.model_name.split("/")[-2:], f"n{args.n_ex}"]
     with processes(device) as share:
         # The first process chooses the folder; what went wrong there is told in all of them.
@@ -205,30 +204,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
             print(
                 f"{args.model_name} on {args.n_ex} test points of {args.dataset}: {attacked}; on {device}", flush=True
             )
-        points = Points(test.images, test.labels, test.levels)
-        plan = AttackPlan(
-            args.attacks,
-            args.n_iter,
-            args.n_restarts,
-            args.n_targets,
-            union_only=args.union_only,
-            curve=args.curve,
-            amp=args.amp,
-        )
+        examples = Examples(test.images, test.labels, test.levels)
+        options = EvaluationOptions(device, args.batch_size_eval, args.amp, args.curve, *share)
         start, env = time.time(), environment(device)
-        result = evaluate(model, points, threats, device, plan, args.batch_size_eval, args.seed, folder, share)
+        result = evaluate(model, examples, threats, plan, options, folder)
         if share[0] == 0:
             finish(result, args, baseline, folder, env, time.time() - start)
-            examples = worst_examples(model, points, result, folder, data.class_names, device)
-            write_report(
-                folder / "report.html",
-                read_json(folder / "eval.json"),
-                test.labels.tolist(),
-                data.class_names,
-                examples,
-            )
+            shown = worst_examples(Network(model, device), examples, result, folder, data.class_names)
+            content, labels = read_json(folder / "eval.json"), test.labels.tolist()
+            write_report(folder / "report.html", content, labels, data.class_names, shown)
             print(f"saved in {folder}; open report.html there to look at it")
     return folder
+
+
+def attack_plan(args: Namespace) -> AttackPlan:
+    """What the flags ask for."""
+    return AttackPlan(args.attacks, args.n_iter, args.n_restarts, args.n_targets, args.union_only, args.seed)
 
 
 def check_flags(args: Namespace, parser: Parser) -> None:
@@ -245,6 +236,9 @@ def check_flags(args: Namespace, parser: Parser) -> None:
         threats_for("cifar10", args.l_norms)
     with parser.blame("--l_eps"):
         threats_for("cifar10", args.l_norms, args.l_eps)
+    with parser.blame("--attacks"):
+        for norm in args.l_norms:
+            attack_plan(args).runs(norm, num_classes=2)
 
 
 def finish(

@@ -32,7 +32,10 @@ from tqdm import tqdm
 
 from attacks.apgd import Model
 from attacks.multinorm import ALL_NORMS, SCHEMES, AdversarialBatch, Scheme, make_scheme
-from attacks.threat import NORMS, RADII, threats_for
+from attacks.norms import NORMS
+from attacks.results import Evaluation
+from attacks.standard import AttackPlan, Examples
+from attacks.threat import RADII, threats_for
 from data import (
     DATASETS,
     Dataset,
@@ -45,9 +48,8 @@ from data import (
     number_of_batches,
     on_device,
 )
-from evaluation.evaluate import evaluate
-from evaluation.results import Evaluation, accuracy_table, evaluation_json
-from evaluation.threat_evaluator import AttackPlan, Points
+from evaluation.evaluate import EvaluationOptions, evaluate
+from evaluation.statistics import evaluation_json
 from models import Spec, build_model
 from models.preact_resnet import ACTIVATIONS
 from models.pretrained import check_fits, check_one_point, load_model, rebuild
@@ -883,9 +885,8 @@ def quick_figures(run: Run, model: nn.Module) -> dict[str, Any]:
     for name, split in {"train": run.data.train, "test": run.data.test}.items():
         # Several processes meet in a folder of their own, which is gone after.
         folder = run_on_rank0(lambda: emptied(run.folder / "eval")) if run.share[1] > 1 else None
-        figures[name] = accuracy_table(
-            attacked(run, model, split.first(run.args.n_ex_eval), AttackPlan("fast"), folder)
-        )
+        plan = AttackPlan("fast", seed=run.args.seed)
+        figures[name] = attacked(run, model, split.first(run.args.n_ex_eval), plan, folder).accuracies()
         barrier()
         if folder and run.first:
             shutil.rmtree(folder)
@@ -897,7 +898,7 @@ def final_figures(run: Run, model: nn.Module, name: str) -> None:
     start = time.time()
     folder = run.folder / name.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
-    result = attacked(run, model, run.data.test.first(run.args.n_ex_final), AttackPlan(), folder)
+    result = attacked(run, model, run.data.test.first(run.args.n_ex_final), AttackPlan(seed=run.args.seed), folder)
     if run.first:
         about = {"seconds": round(time.time() - start, 1), "settings": vars(run.args)}
         content = evaluation_json(result) | about | {"environment": environment(run.device)}
@@ -911,10 +912,11 @@ def attacked(
 ) -> Evaluation:
     """An evaluation in the three norms with the radii of --eval_eps, its points shared out over the processes."""
     args, read = run.args, split.in_memory()
-    points = Points(read.images, read.labels, read.levels)
-    threats = threats_for(args.dataset, NORMS, args.eval_eps)
+    examples = Examples(read.images, read.labels, read.levels)
+    options = EvaluationOptions(run.device, args.batch_size_eval, rank=run.share[0], world_size=run.share[1])
+    threats = threats_for(args.dataset, list(NORMS), args.eval_eps)
     with full_precision(), eval_mode(model), no_param_grad(model), run.signals.at_once():
-        return evaluate(model, points, threats, run.device, plan, args.batch_size_eval, args.seed, folder, run.share)
+        return evaluate(model, examples, threats, plan, options, folder)
 
 
 if __name__ == "__main__":

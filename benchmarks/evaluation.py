@@ -17,20 +17,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
-from attacks.threat import NORMS, Threat, threats_for
+from attacks.norms import NORMS
+from attacks.standard import AttackPlan, Examples
+from attacks.threat import Threat, threats_for
 from data import load_dataset
-from evaluation.evaluate import evaluate
-from evaluation.results import accuracy_table
-from evaluation.threat_evaluator import AttackPlan, Points
+from evaluation.evaluate import EvaluationOptions, evaluate
 from models.pretrained import load_model
 from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
 from utils.distributed import choose_device
+from utils.precision import Amp
 
-OURS = {
-    "ours, standard": AttackPlan(),
-    "ours, standard, bf16": AttackPlan(amp="bf16"),
-    "ours, union only": AttackPlan(union_only=True),
-    "ours, union only, bf16": AttackPlan(union_only=True, amp="bf16"),
+OURS: dict[str, tuple[bool, Amp]] = {  # union only, format of the attack's passes
+    "ours, standard": (False, "off"),
+    "ours, standard, bf16": (False, "bf16"),
+    "ours, union only": (True, "off"),
+    "ours, union only, bf16": (True, "bf16"),
 }
 OTHER = "pyautoattack"
 
@@ -96,11 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name == OTHER:
             rows = library(counted, x.to(device), y.to(device), threats, args.batch_size_eval)
         else:
-            points = Points(test.images, test.labels, test.levels)
-            result = evaluate(
-                counted, points, threats, device, OURS[name], args.batch_size_eval, args.seed, progress=False
-            )
-            rows = {key: row["accuracy"] for key, row in accuracy_table(result).items() if key != "average"}
+            union_only, amp = OURS[name]
+            examples = Examples(test.images, test.labels, test.levels)
+            plan = AttackPlan(union_only=union_only, seed=args.seed)
+            options = EvaluationOptions(device, args.batch_size_eval, amp, progress=False)
+            result = evaluate(counted, examples, threats, plan, options)
+            rows = {key: row["accuracy"] for key, row in result.accuracies().items() if key != "average"}
         told = ", ".join(f"{key} {value:g}" for key, value in rows.items())
         print(f"| {name} | {counted.images} | {time.time() - start:.0f} | {told} |", flush=True)
 

@@ -17,7 +17,8 @@ import train
 from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
 from attacks.multinorm import SCHEMES, Scheme, clean_batch, make_scheme
-from attacks.threat import NORMS, RADII, Norm, Threat
+from attacks.norms import NORMS
+from attacks.threat import RADII, Threat
 from data import Split, batches, load_dataset
 from models import build_model
 from training.metrics import EpochMetrics, NonFiniteGuard
@@ -73,7 +74,7 @@ def test_narrow_networks_stay_plain(width: int) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: Norm, trained: nn.Module) -> None:
+def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: str, trained: nn.Module) -> None:
     x, y = load_dataset("digits", "").test.first(64).pixels()
     threat = Threat(norm, RADII["digits"][norm])
     whole = apgd(trained, x, y, threat, 10)
@@ -115,7 +116,7 @@ def test_set_up_sets_threads_and_what_suits_training() -> None:
 
 
 @pytest.mark.parametrize("norm", [None, *NORMS])
-def test_attack_update_and_meter_run_on_meta(norm: Norm | None) -> None:
+def test_attack_update_and_meter_run_on_meta(norm: str | None) -> None:
     """Nothing there has a value: whatever waited for one would fail."""
     meta = torch.device("meta")
     with meta:

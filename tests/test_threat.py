@@ -7,13 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from attacks.threat import NORMS, RADII, Norm, Threat, threats_for
+from attacks.norms import NORMS
+from attacks.threat import RADII, Threat, threats, threats_for
 
 INPUTS = {"digits": 64, "cifar10": 3072, "cifar100": 3072, "imagenet": 150528, "imagefolder": 150528}
 
 
 @pytest.mark.parametrize("norm", ["L0", "linf", "", "Linf "])
-def test_unknown_norm(norm: Norm) -> None:
+def test_unknown_norm(norm: str) -> None:
     with pytest.raises(ValueError, match="Linf L2 L1"):
         Threat(norm, 0.1)
 
@@ -31,7 +32,7 @@ def test_str_and_equality() -> None:
 
 @pytest.mark.parametrize(("dataset", "n"), list(INPUTS.items()))
 @pytest.mark.parametrize("norm", NORMS)
-def test_contains_up_to_the_border(dataset: str, n: int, norm: Norm) -> None:
+def test_contains_up_to_the_border(dataset: str, n: int, norm: str) -> None:
     threat = Threat(norm, RADII[dataset][norm])
     direction = torch.rand(4, n, generator=torch.Generator().manual_seed(0)).double() - 0.5
     order = {"Linf": float("inf"), "L2": 2, "L1": 1}[norm]
@@ -43,7 +44,7 @@ def test_contains_up_to_the_border(dataset: str, n: int, norm: Norm) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_entry_at_the_border(norm: Norm) -> None:
+def test_one_entry_at_the_border(norm: str) -> None:
     threat, x = Threat(norm, 0.25), torch.zeros(3, 4)
     x_adv = torch.zeros(3, 4)
     x_adv[:, 2] = torch.tensor([0.25, 0.25 + 1e-5, 0.25 - 1e-5])
@@ -51,7 +52,7 @@ def test_one_entry_at_the_border(norm: Norm) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_box_is_checked_to_the_bit(norm: Norm) -> None:
+def test_box_is_checked_to_the_bit(norm: str) -> None:
     threat = Threat(norm, 0.5)
     x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     x_adv = torch.tensor([[0.0], [-1e-30], [1.0], [1.0 + 2**-23]])
@@ -60,7 +61,7 @@ def test_box_is_checked_to_the_bit(norm: Norm) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_is_not_contained(norm: Norm, bad: float) -> None:
+def test_not_finite_is_not_contained(norm: str, bad: float) -> None:
     x = torch.full((2, 3, 4, 4), 0.5)
     x_adv = x.clone()
     x_adv[1, 2, 3, 3] = bad
@@ -75,6 +76,14 @@ def test_threats_for() -> None:
     ]
     assert threats_for("digits", ["L1"]) == [Threat("L1", RADII["digits"]["L1"])]
     assert threats_for("cifar10", ["L1", "Linf"], [3.0, 0.1]) == [Threat("L1", 3.0), Threat("Linf", 0.1)]
+
+
+def test_threats() -> None:
+    assert threats(["L1", "Linf"], [3.0, 0.1]) == [Threat("L1", 3.0), Threat("Linf", 0.1)]
+    with pytest.raises(ValueError, match="once"):
+        threats(["L1", "L1"], [1.0, 2.0])
+    with pytest.raises(ValueError, match="one radius for each norm"):
+        threats(["L1"], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("eps", [[], [0.1], [0.1, 0.2, 0.3]])
