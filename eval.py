@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attacks.evaluator import Examples, Network
 from attacks.norms import NORMS
+from attacks.plan import ATTACKS, AttackPlan
 from attacks.results import Evaluation, table
-from attacks.standard import ATTACKS, AttackPlan, Examples, Network
 from attacks.threat import threats_for
 from data import DATASETS, FolderSplit, Split, load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate

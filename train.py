@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attacks.apgd import Model
+from attacks.evaluator import Examples
 from attacks.multinorm import ALL_NORMS, SCHEMES, AdversarialBatch, Scheme, make_scheme
 from attacks.norms import NORMS
+from attacks.plan import AttackPlan
 from attacks.results import Evaluation
-from attacks.standard import AttackPlan, Examples
 from attacks.threat import RADII, threats_for
 from data import (
     DATASETS,

@@ -19,11 +19,13 @@ A single run of `apgd` with its defaults, those of training, is weaker than the 
 
 from .apgd import AttackResult, apgd
 from .checks import network_warnings, result_warnings
+from .evaluator import EvaluationCallback
 from .losses import cross_entropy, dlr, dlr_targeted, margin_targeted
 from .msd import msd
 from .norms import NORMS, NormSpec, register_norm
-from .results import AttackLog, AttackRun, Evaluation
-from .standard import AttackPlan, EvaluationCallback, robust_accuracy
+from .plan import AttackPlan, AttackRun
+from .results import AttackLog, Evaluation
+from .standard import robust_accuracy
 from .threat import Threat, threats
 
 __all__ = [

@@ -44,12 +44,10 @@ class NormSpec:
     controller: type[StepController] = HalvingController  # step sizes and momentum of APGD
     stages: Callable[[float, int], Stages] = one_stage  # (eps, n_iter) -> a full run of an evaluation
     restarts: tuple[int, int] = (1, 9)  # runs of APGD-CE and of APGD-T in the standard evaluation
-    brief_first: bool = (
-        False  # a run of n_iter / 5 steps at eps itself goes first, for the union before other norms' runs
-    )
+    brief_first: bool = False  # a run of n_iter / 5 steps at eps goes first, for the union before other norms' runs
     seed: int | None = None  # sets its random starts apart from other norms'; None: from its name
     pyautoattack: bool = False  # that library attacks in this norm, under this name
-    per_pixel: bool = False  # eps bounds each pixel alone, and is told in 255ths
+    per_pixel: bool = False  # eps bounds each pixel alone: told as n/255 where that is exact
     colour: str | None = None  # in pictures; None: the picture's next one
 
     @property

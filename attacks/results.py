@@ -1,4 +1,4 @@
-"""What an evaluation does and finds: its runs, what broke by which of them, accuracies with intervals."""
+"""What an evaluation finds: which examples broke by which run, accuracies with intervals."""
 
 from __future__ import annotations
 
@@ -8,27 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .plan import AttackRun
 from .threat import Threat
 
 Z95 = 1.959963984540054  # 97.5 % of the normal distribution lie below
-
-
-@dataclass(frozen=True)
-class AttackRun:
-    """One run of an attack on an example: cross-entropy (CE, brief), to the `number`-th most likely other class (T), FAB-T or Square."""
-
-    kind: str
-    number: int = 0  # of the restart, from 0, or of the target, from 1
-
-    def __str__(self) -> str:
-        match self.kind:
-            case "CE":
-                return f"APGD-CE restart {self.number + 1}"
-            case "T":
-                return f"APGD-T target {self.number}"
-            case "brief":
-                return "APGD-CE, one radius, a fifth of the steps"
-        return self.kind
 
 
 @dataclass(frozen=True)
@@ -112,10 +95,8 @@ class Evaluation:
             low, high = (
                 normal_interval(values) if name == "average" else wilson_interval(int(values.sum()), len(values))
             )
-            share = float(values.mean())
-            rows[name] = {
-                key: round(100 * value, 2) for key, value in (("accuracy", share), ("low", low), ("high", high))
-            } | {"points": len(values)}
+            parts = {"accuracy": float(values.mean()), "low": low, "high": high}
+            rows[name] = {key: round(100 * part, 2) for key, part in parts.items()} | {"points": len(values)}
         return rows
 
     def __str__(self) -> str:
@@ -134,9 +115,9 @@ def table(rows: dict[str, dict[str, float]], title: str = "") -> str:
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a probability, from so many successes in n > 0 tries."""
-    share, spread = successes / n, Z95**2 / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = (spread * share * (1 - share) + spread**2 / 4) ** 0.5 / (1 + spread)
+    rate, spread = successes / n, Z95**2 / n
+    middle = (rate + spread / 2) / (1 + spread)
+    half = (spread * rate * (1 - rate) + spread**2 / 4) ** 0.5 / (1 + spread)
     return middle - half if successes else 0.0, middle + half if successes < n else 1.0
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
+from attacks.evaluator import Examples
 from attacks.norms import NORMS
-from attacks.standard import AttackPlan, Examples
+from attacks.plan import AttackPlan
 from attacks.threat import Threat, threats_for
 from data import load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate

@@ -13,8 +13,10 @@ import torch
 
 from attacks.apgd import Model
 from attacks.checks import result_warnings
+from attacks.evaluator import EvaluationContext, Examples, Network
+from attacks.plan import STANDARD, AttackPlan
 from attacks.results import AttackLog, Evaluation
-from attacks.standard import STANDARD, AttackPlan, EvaluationContext, Examples, Network, make_runs, rank_classes
+from attacks.standard import make_runs, rank_classes
 from attacks.threat import Threat
 from evaluation.autoattack import library_attacks
 from evaluation.curve import accuracy_curve, curve_logs, make_curve_runs

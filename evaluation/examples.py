@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attacks.evaluator import Examples, Network
 from attacks.results import Evaluation
-from attacks.standard import Examples, Network
 from evaluation.report import ShownExample, ShownImage
 from evaluation.storage import ImageFile, image_path
 

@@ -126,7 +126,7 @@ def _grid(examples: Sequence[ShownExample], norms: Sequence[str]) -> dict[str, s
         _show(row[0], example.clean.image, f"label {example.label}\n{_answer(example.clean)}")
         for i, norm in enumerate(norms):
             if norm not in example.adversarial:
-                row[2 * i + 1].text(0.5, 0.5, f"stands\nin {norm}", ha="center", va="center", color="#666666")
+                row[2 * i + 1].text(0.5, 0.5, f"not broken\nin {norm}", ha="center", va="center", color="#666666")
                 continue
             found = example.adversarial[norm]
             difference = found.image - example.clean.image

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attacks.evaluator import EvaluationCallback, Examples, Progress
 from attacks.results import AttackLog, FinishedRun
-from attacks.standard import EvaluationCallback, Examples, Progress
 from attacks.threat import Threat
 from utils.distributed import barrier
 
@@ -146,7 +146,7 @@ class Recorder(EvaluationCallback):
         if self.bar is None:
             self.bar = tqdm(total=progress.total, initial=progress.done, unit="run", leave=False)
         self.bar.set_description(f"{progress.threat}, {progress.run}".rstrip(", "), refresh=False)
-        self.bar.set_postfix_str(f"{progress.unbroken} points stand", refresh=False)
+        self.bar.set_postfix_str(f"{progress.unbroken} examples not yet broken", refresh=False)
         self.bar.update(progress.done - self.bar.n)
         if progress.done == progress.total:
             self.bar.close()

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import apgd, apgd_each, select_per_example
+from attacks.evaluator import Examples, Network
 from attacks.msd import msd
 from attacks.norms import NORMS, NormSpec, register_norm
+from attacks.plan import AttackPlan
 from attacks.projections import project_linf
 from attacks.results import Evaluation
-from attacks.standard import AttackPlan, Examples, Network, robust_accuracy
+from attacks.standard import robust_accuracy
 from attacks.threat import Threat
 from data import load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from attacks.results import AttackLog, AttackRun, Evaluation, FinishedRun, normal_interval, table, wilson_interval
+from attacks.plan import AttackRun
+from attacks.results import AttackLog, Evaluation, FinishedRun, normal_interval, table, wilson_interval
 from attacks.seeds import generator
 from attacks.threat import Threat
 from utils import modules

@@ -16,21 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import EVALUATION_TOP_FRACTION, apgd
-from attacks.losses import cross_entropy, dlr_targeted
-from attacks.norms import NORMS
-from attacks.results import AttackRun, Evaluation, FinishedRun
-from attacks.standard import (
-    AttackPlan,
+from attacks.evaluator import (
     EvaluationCallback,
     EvaluationContext,
     Examples,
     Network,
     Progress,
-    make_runs,
     random_starts,
-    rank_classes,
-    robust_accuracy,
 )
+from attacks.losses import cross_entropy, dlr_targeted
+from attacks.norms import NORMS
+from attacks.plan import AttackPlan, AttackRun
+from attacks.results import Evaluation, FinishedRun
+from attacks.standard import make_runs, rank_classes, robust_accuracy
 from attacks.threat import RADII, Threat, threats_for
 from data import load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate
