@@ -50,9 +50,8 @@ class Network:
     model: Model
     device: torch.device
     batch_size: int = 250  # images at once
-    attack_model: Model | None = (
-        None  # takes model's place in APGD, such as it in bfloat16; `model` judges what it breaks
-    )
+    attack_model: Model | None = None
+    """Takes model's place in APGD, such as the same in bfloat16; `model` judges again what it breaks."""
 
     def predictions(self, x: Tensor) -> Tensor:
         """Classes (B,) on the CPU of images (B, ...) on the network's device."""
@@ -246,11 +245,8 @@ class _Rows:
     ticks: list[int] = field(default_factory=list)  # iterates judged, as state.tick, which is on the device
 
     def add(self, state: APGDState, y: Tensor, target: Tensor, who: Sequence[tuple[int, int]]) -> None:
-        self.state, self.y, self.target = (
-            self.state.join(state),
-            torch.cat([self.y, y]),
-            torch.cat([self.target, target]),
-        )
+        self.state, self.y = self.state.join(state), torch.cat([self.y, y])
+        self.target = torch.cat([self.target, target])
         self.who, self.ticks = [*self.who, *who], self.ticks + [0] * len(who)
 
     def keep(self, mask: Sequence[bool]) -> None:

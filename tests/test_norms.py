@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import zlib
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import eval as eval_script
 from attacks.apgd import apgd, apgd_each, select_per_example
 from attacks.evaluator import Examples, Network
 from attacks.msd import msd
@@ -75,6 +77,20 @@ def test_blocks_and_back() -> None:
     x = torch.rand(2, 3, 6, 4)
     assert torch.equal(unblocked(blocks(x)), x)
     assert blocks(x)[1, 2, 1, 0].tolist() == x[1, 2, 2:4, 0:2].flatten().tolist()
+
+
+@pytest.mark.parametrize("folder", ["attacks", "evaluation"])
+def test_no_code_but_the_norms_own_asks_for_a_norm_by_name(folder: str) -> None:
+    for path in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+        tree = ast.parse(path.read_text())
+        radii = [node for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RADII"]
+        left = {id(node) for node in radii for node in ast.walk(node)}
+        named = [
+            node.lineno
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and node.value in ("Linf", "L2", "L1") and id(node) not in left
+        ]
+        assert path.name == "norms.py" or not named, f"{path}: {named}"
 
 
 @pytest.mark.usefixtures("registered")
@@ -186,3 +202,35 @@ def test_autoattack_is_refused_where_that_library_does_not_know_the_norm(
         evaluate(
             network, examples, [Threat("blocks", 0.1)], AttackPlan("autoattack"), EvaluationOptions(progress=False)
         )
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """eval.py in the norms `blocks` and L1, of a network of one's own."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(
+        "import torch\n\n\ndef make():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    flags = ["--model_name=nets.py:make", "--dataset=digits", "--n_ex=30", "--n_iter=5", "--device=cpu"]
+    return [*flags, "--l_norms=blocks L1", "--l_eps=0.1 2"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_eval_takes_it_as_a_flag(command: list[str]) -> None:
+    folder = eval_script.main(command)
+    content = json.loads((folder / "eval.json").read_text())
+    assert list(content["norms"]) == ["blocks", "L1"]
+    assert list(content["accuracy"]) == ["clean", "blocks", "L1", "average", "union"]
+    assert (folder / "adv_blocks_0.1.npy").exists()
+    assert "blocks, radius 0.1" in (folder / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("registered")
+def test_eval_refuses_autoattack_for_it_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        eval_script.main([*command, "--attacks=autoattack"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "argument --attacks: pyautoattack" in error
+    assert error.count("\n") == 1
