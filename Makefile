@@ -17,7 +17,7 @@ lint: .venv/.done
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/typos
-	$(PY) -m mypy attacks evaluation training models utils data.py train.py eval.py plot.py benchmarks
+	$(PY) -m mypy attacks evaluation training models utils config.py data.py train.py eval.py plot.py benchmarks
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 --dist=loadfile  # threads of two processes would wait for each other

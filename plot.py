@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from utils.cli import Parser, add_flag, word_list
+from utils.cli import Parser, add_flag, blame, usage_errors, words
 from utils.run_folder import read_json
 
 STYLE: dict[str, Any] = {
@@ -331,12 +331,11 @@ def make_parser() -> Parser:
     parser = Parser(prog="plot.py", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of train.py or eval.py (needed)")
     add_flag(parser, "--save_dir", type=Path, help="folder of the pictures (that of a single RUN, else ./plots)")
-    add_flag(
-        parser, "--labels", type=word_list, help="a name for each RUN, blanks between (how the folders' names differ)"
-    )
+    add_flag(parser, "--labels", type=words, help="a name for each RUN, blanks between (how the folders' names differ)")
     return parser
 
 
+@usage_errors("plot.py")
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Read, draw, save; the files written."""
     parser = make_parser()
@@ -344,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     labels = args.labels or short_labels(args.runs)
     if len(labels) != len(args.runs):
         parser.error(f"argument --labels: one for each RUN is needed, {len(args.runs)}; got {len(labels)}")
-    with parser.blame("RUN"):
+    with blame("RUN"):
         runs = [read_run(folder, label) for folder, label in zip(args.runs, labels, strict=True)]
     found = list(points(runs))
     trained = any(run.records for run in runs)
@@ -358,13 +357,13 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         for text in (text for name in RESULTS for text in run.files.get(name, {}).get("warnings", [])):
             print(f"WARNING: {run.label}: {text}")
     written = []
-    with parser.blame("--save_dir"):
+    with blame("--save_dir"):
         folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(["default", STYLE]):
         figures = {"training": draw_training(runs)} if trained else {}
         figures |= {"tradeoff": draw_tradeoff(found, len(runs))} if found else {}
         for path, figure in ((folder / f"{name}.{end}", figures[name]) for name in figures for end in ("png", "pdf")):
-            with parser.blame("--save_dir"):
+            with blame("--save_dir"):
                 figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
             print(f"wrote {path}")
             written.append(path)

@@ -1,165 +1,296 @@
-"""Ways of training for several norms: which adversarial points of a batch an update sees, and with what loss.
+"""Schemes of multi-norm training: which adversarial examples a training step sees, and with what loss.
 
-A scheme draws what it needs for the whole batch, makes the points of a part of it, and says each image's loss. A new one is a class here.
+A scheme is one class here: `draw` chooses what is random for the whole mini-batch, `attack` makes the adversarial examples of a
+micro-batch, `loss` is each example's loss. `register` makes it known to train.py, its flags and the tests.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from utils.modules import AsyncScalars
 
 from .apgd import Model, apgd, apgd_each, select_per_example
 from .losses import cross_entropy
 from .msd import msd
 from .threat import Threat
 
-SCHEMES = {
-    "eat": "one norm for each batch, drawn by running error",
-    "eat-uniform": "one norm for each batch, drawn evenly",
-    "eat-mixed": "one norm for each image, drawn by running error",
-    "sat": "one norm for each batch, drawn evenly",
-    "avg": "the mean of the losses in all norms",
-    "max": "for each image the norm of highest loss",
-    "msd": "one run whose every step is that of the norm of highest loss",
-    "ramp": "the highest loss of two norms, and the second one's logits paired to the first one's",
-}
-ALL_NORMS = ("sat", "avg", "max", "msd")  # as published: with L2 too
-
 
 @dataclass(frozen=True)
 class AdversarialBatch:
-    """What an update sees of B images: V views of each, and for each view whose ball it is in (number of threats: the clean image)."""
+    """V versions of each of B examples, and for each the index of its threat model (the number of threats: the clean image)."""
 
-    x: Tensor  # (V, B, C, H, W)
+    x: Tensor  # (V, B, C, H, W) in [0, 1]
     threat: Tensor  # (V, B) int64
 
+    @classmethod
+    def clean(cls, x: Tensor, n_threats: int) -> AdversarialBatch:
+        """The images x (B, C, H, W) as they are."""
+        return cls(x[None], torch.full((1, len(x)), n_threats, device=x.device))
 
-def clean_batch(x: Tensor, clean: int) -> AdversarialBatch:
-    """The images (B, C, H, W) themselves, as threat number `clean`."""
-    return AdversarialBatch(x[None], torch.full((1, len(x)), clean, device=x.device))
+
+@dataclass(frozen=True)
+class Option:
+    """A number of at least 0 that a scheme takes; train.py has a flag of this name."""
+
+    name: str
+    help: str
+    from_scratch: float  # default
+    fine_tuning: float  # default
 
 
 class Scheme:
-    """Standard training: the clean images. Base of all others, which say otherwise where they differ."""
+    """Standard training on clean images; the base of all schemes, which override what differs.
 
-    def __init__(self, threats: Sequence[Threat], n_iters: Sequence[int] = ()) -> None:
-        self.threats = tuple(threats)
-        self.attacks = [partial(apgd, threat=t, n_iter=n) for t, n in zip(threats, n_iters, strict=False)]
-        self.errors = RunningErrors(len(threats))
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """For each of a batch's n images, of all processes, the threat that is drawn for it: (n,) int64 on the CPU."""
-        return torch.zeros(n, dtype=torch.int64)
-
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
-        """The views of x (B, C, H, W), y (B,), of which drawn (B,) is what `draw` said. The model is in eval mode."""
-        return clean_batch(x, len(self.threats))
-
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Each image's loss (B,) of the logits (V, B, K) at its views. An update descends on its mean."""
-        return cross_entropy(logits[0], y)
-
-
-class SampledNorm(Scheme):
-    """One attack an update, in a threat that is drawn for the batch, or for each of its images.
-
-    By running error: E-AT (arXiv 2105.12508, section 4). Evenly: SAT where all three norms are given (Madaan et al., ICML 2021).
+    `threats` and `n_iters` (steps of each threat's attack) go together; `options` has a value for each of the class' options.
+    Raises ValueError for threats or steps that the scheme does not take.
     """
 
-    def __init__(self, threats: Sequence[Threat], n_iters: Sequence[int], by_error: bool, each: bool) -> None:
-        super().__init__(threats, n_iters)
-        self.n_iters, self.by_error, self.each = n_iters, by_error, each
+    name: ClassVar[str] = "standard"
+    summary: ClassVar[str] = "clean images"
+    norms: ClassVar[tuple[str, ...]] = ("Linf", "L1")  # if --l_norms is left out
+    options: ClassVar[tuple[Option, ...]] = ()
+    same_n_iter: ClassVar[bool] = False  # one attack for all norms, with one number of steps
+    single: ClassVar[bool] = True  # one adversarial example per image: TRADES' loss applies
 
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        chances = self.errors.chances() if self.by_error else [1.0] * len(self.threats)
-        drawn = torch.multinomial(torch.tensor(chances), n if self.each else 1, replacement=True, generator=generator)
-        return drawn.expand(n)
+    def __init__(
+        self, threats: Sequence[Threat], n_iters: Sequence[int] = (), options: Mapping[str, float] | None = None
+    ) -> None:
+        self.threats, self.n_iters = tuple(threats), tuple(n_iters)
+        self.attacks = [partial(apgd, threat=t, n_iter=n) for t, n in zip(self.threats, self.n_iters, strict=False)]
+        self.errors = RunningErrors(len(self.threats))
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
-        which = drawn.to(x.device, non_blocking=True)
-        if self.each:
-            return AdversarialBatch(apgd_each(model, x, y, self.threats, self.n_iters, which)[None], which[None])
-        return AdversarialBatch(self.attacks[int(drawn[0])](model, x, y).x_best[None], which[None])
+    def draw(self, n: int, step: int, generator: torch.Generator) -> Tensor:
+        """Index of the threat sampled for each of a mini-batch's n examples, over all processes: (n,) int64 on the CPU.
 
+        step: number of training steps done before, from 0. Must depend on the arguments and on `state_dict` alone.
+        """
+        return torch.zeros(n, dtype=torch.int64)
 
-class Average(Scheme):
-    """AVG: the mean of the losses at the points of all threats (Tramèr & Boneh, NeurIPS 2019)."""
-
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
-        found = torch.stack([attack(model, x, y).x_best for attack in self.attacks])
-        return AdversarialBatch(found, torch.arange(len(found), device=x.device)[:, None].expand(-1, len(x)))
+    def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
+        """Adversarial examples of x (B, C, H, W) with labels y (B,), `sampled` (B,) as `draw` gave it. The model is in eval mode."""
+        return AdversarialBatch.clean(x, len(self.threats))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Loss of each example (B,) from the logits (V, B, K) of its versions; the training step minimises the mean."""
+        return cross_entropy(logits[0], y)
+
+    def observe(self, correct: Sequence[float], seen: Sequence[float]) -> None:
+        """Outcome of a training step, for each threat: how many adversarial examples there were and how many were classified right.
+
+        Called in the order of the steps; `draw` knows all steps but the last, so that no GPU has to finish that before.
+        """
+        self.errors.observe(correct, seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps depend on: tensors, numbers and strings. A scheme with a state of its own adds to it."""
+        return self.errors.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a `state_dict`."""
+        self.errors.load_state_dict(state)
+
+
+class RunningErrors:
+    """Robust training error of each threat, 1 - correct / seen, over the whole run."""
+
+    def __init__(self, n_threats: int) -> None:
+        self.correct, self.seen = [0] * n_threats, [0] * n_threats
+
+    def observe(self, correct: Sequence[float], seen: Sequence[float]) -> None:
+        """Add a training step's counts."""
+        self.correct = [total + int(new) for total, new in zip(self.correct, correct, strict=True)]
+        self.seen = [total + int(new) for total, new in zip(self.seen, seen, strict=True)]
+
+    def rates(self) -> list[float]:
+        """Error of each threat; 1 where none was seen."""
+        return [1 - c / s if s else 1.0 for c, s in zip(self.correct, self.seen, strict=True)]
+
+    def probabilities(self) -> list[float]:
+        """Of sampling each threat: proportional to its error; uniform until each was seen, and where no threat has an error."""
+        rates = self.rates()
+        if 0 in self.seen or sum(rates) == 0:
+            return [1 / len(rates)] * len(rates)
+        return [rate / sum(rates) for rate in rates]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return {"correct": list(self.correct), "seen": list(self.seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a `state_dict`."""
+        self.correct, self.seen = list(state["correct"]), list(state["seen"])
+
+
+SCHEMES: dict[str, type[Scheme]] = {}
+
+
+def register(scheme: type[Scheme]) -> type[Scheme]:
+    """Class decorator: makes the scheme a value of --multinorm, its options flags, and puts it into the tests of all schemes."""
+    SCHEMES[scheme.name] = scheme
+    return scheme
+
+
+@register
+class EAT(Scheme):
+    """E-AT (Croce & Hein 2022, arXiv 2105.12508, section 4): one norm per mini-batch."""
+
+    name = "eat"
+    summary = "samples one norm per batch with probability proportional to its running robust error"
+    by_error: ClassVar[bool] = True
+    per_example: ClassVar[bool] = False
+
+    def draw(self, n: int, step: int, generator: torch.Generator) -> Tensor:
+        """One threat for all n examples, or one for each."""
+        weights = self.errors.probabilities() if self.by_error else [1.0] * len(self.threats)
+        size = n if self.per_example else 1
+        return torch.multinomial(torch.tensor(weights), size, replacement=True, generator=generator).expand(n)
+
+    def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
+        """APGD in the sampled threat."""
+        threat = sampled.to(x.device, non_blocking=True)
+        if self.per_example:
+            x_adv = apgd_each(model, x, y, self.threats, self.n_iters, threat)
+        else:
+            x_adv = self.attacks[int(sampled[0])](model, x, y).x_best
+        return AdversarialBatch(x_adv[None], threat[None])
+
+
+@register
+class UniformEAT(EAT):
+    """E-AT without its weights."""
+
+    name = "eat-uniform"
+    summary = "samples one norm per batch uniformly"
+    by_error = False
+
+
+@register
+class MixedEAT(EAT):
+    """E-AT with a norm for each example; the examples of all norms share the network's passes."""
+
+    name = "eat-mixed"
+    summary = "samples one norm per example with probability proportional to its running robust error"
+    per_example = True
+
+
+@register
+class SAT(EAT):
+    """SAT (Madaan et al., ICML 2021): one norm per mini-batch, uniformly."""
+
+    name = "sat"
+    summary = "samples one of all norms per batch uniformly"
+    norms = ("Linf", "L2", "L1")
+    by_error = False
+
+
+@register
+class Average(Scheme):
+    """AVG (Tramèr & Boneh, NeurIPS 2019): the mean of the losses over the threats."""
+
+    name = "avg"
+    summary = "attacks every example in all norms and minimises the mean of the losses"
+    norms: ClassVar[tuple[str, ...]] = ("Linf", "L2", "L1")
+    single = False
+
+    def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
+        """A version per threat."""
+        x_adv = torch.stack([attack(model, x, y).x_best for attack in self.attacks])
+        return AdversarialBatch(x_adv, torch.arange(len(x_adv), device=x.device)[:, None].expand(-1, len(x)))
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy over the threats."""
         return _cross_entropies(logits, y).mean(0)
 
 
+@register
 class Maximum(Scheme):
-    """MAX: of each image the point of highest loss over the threats (Tramèr & Boneh, NeurIPS 2019), as the attacks found it."""
+    """MAX (Tramèr & Boneh, NeurIPS 2019): for each example the threat whose attack found the highest loss."""
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
+    name = "max"
+    summary = "attacks every example in all norms and trains on the one of highest loss"
+    norms = ("Linf", "L2", "L1")
+
+    def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
+        """The worst of the threats' adversarial examples."""
         found = [attack(model, x, y) for attack in self.attacks]
         worst = torch.stack([each.loss for each in found]).argmax(0)
         return AdversarialBatch(select_per_example([each.x_best for each in found], worst)[None], worst[None])
 
 
+@register
 class MultiSteepestDescent(Scheme):
-    """MSD: one run whose every step is the threats' step of highest loss (Maini et al., ICML 2020)."""
+    """MSD (Maini et al., ICML 2020, arXiv 1909.04068): one attack, each of whose steps is the best of the threats' steps."""
 
-    def __init__(self, threats: Sequence[Threat], n_iters: Sequence[int]) -> None:
-        super().__init__(threats, n_iters)
-        self.n_iter = n_iters[0]
+    name = "msd"
+    summary = "one attack that takes at each step the norm of highest loss"
+    norms = ("Linf", "L2", "L1")
+    same_n_iter = True
 
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
-        x_adv, threat = msd(model, x, y, self.threats, self.n_iter)
+    def __init__(
+        self, threats: Sequence[Threat], n_iters: Sequence[int] = (), options: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__(threats, n_iters, options)
+        if len(set(n_iters)) > 1:
+            raise ValueError(f"msd makes one run for all norms, with one number of steps, got {list(n_iters)}")
+
+    def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
+        """MSD's adversarial examples, each counted for the threat whose step led to it."""
+        x_adv, threat = msd(model, x, y, self.threats, self.n_iters[0])
         return AdversarialBatch(x_adv[None], threat[None])
 
 
-class Ramp(Average):
-    """RAMP's logit pairing (Jiang & Singh, NeurIPS 2024, arXiv 2402.06827): max of the losses at the points of two threats, q and r,
+@register
+class RAMP(Average):
+    """RAMP's loss (Jiang & Singh, NeurIPS 2024, arXiv 2402.06827): max of the two threats' cross-entropies + lambda KL(p_q, p_r).
 
-    plus lambda times KL(p_q, p_r), the mean over the images that are right under q: there r's softmax is pulled to q's.
+    q and r are the first and the second threat; the KL term is the mean over the examples that are right under q.
     """
 
-    def __init__(self, threats: Sequence[Threat], n_iters: Sequence[int], weight: float) -> None:
-        super().__init__(threats, n_iters)
-        self.weight = weight
+    name = "ramp"
+    summary = "attacks in two norms, minimises the higher loss and pairs the second norm's logits with the first's"
+    norms = Scheme.norms
+    options = (Option("ramp_lambda", "weight of ramp's logit pairing", from_scratch=2.0, fine_tuning=0.5),)
+
+    def __init__(
+        self, threats: Sequence[Threat], n_iters: Sequence[int] = (), options: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__(threats, n_iters, options)
+        if len(threats) != 2:
+            raise ValueError(f"ramp is for two norms, such as 'Linf L1', got {len(threats)}")
+        self.weight = (options or {}).get("ramp_lambda", self.options[0].from_scratch)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Images that are wrong under q have no KL, the others len(y) / their number times it, so that the mean is over them.
-
-        It is over this part of a batch: a process' share, or a piece of it.
-        """
+        """The mean over the examples that are right under q is that of the micro-batch (of this process)."""
         q, r = logits
-        right = (q.argmax(1) == y).float()
-        return _cross_entropies(logits, y).amax(0) + self.weight * right * _kl(q, r) * (
-            len(y) / right.sum().clamp(min=1)
-        )
+        correct = (q.argmax(1) == y).float()
+        scale = len(y) / correct.sum().clamp(min=1)
+        return _cross_entropies(logits, y).amax(0) + self.weight * correct * _kl(q, r) * scale
 
 
 class Trades(Scheme):
-    """TRADES' outer loss (Zhang et al., ICML 2019): clean cross-entropy plus beta KL(p_clean, p_adversarial) at another scheme's points."""
+    """TRADES' loss (Zhang et al., ICML 2019) on another scheme's adversarial examples: CE(clean) + beta KL(p_clean, p_adv)."""
+
+    name = "trades"
 
     def __init__(self, scheme: Scheme, beta: float) -> None:
         super().__init__(scheme.threats)
         self.scheme, self.beta, self.errors = scheme, beta, scheme.errors
+        self.draw, self.observe = scheme.draw, scheme.observe  # type: ignore[method-assign]
+        self.state_dict, self.load_state_dict = scheme.state_dict, scheme.load_state_dict  # type: ignore[method-assign]
 
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.scheme.draw(n, generator)
-
-    def points(self, model: Model, x: Tensor, y: Tensor, drawn: Tensor) -> AdversarialBatch:
-        parts = clean_batch(x, len(self.threats)), self.scheme.points(model, x, y, drawn)
-        return AdversarialBatch(torch.cat([part.x for part in parts]), torch.cat([part.threat for part in parts]))
+    def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
+        """The clean images, then the adversarial examples."""
+        both = AdversarialBatch.clean(x, len(self.threats)), self.scheme.attack(model, x, y, sampled)
+        return AdversarialBatch(torch.cat([batch.x for batch in both]), torch.cat([batch.threat for batch in both]))
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of the clean image plus beta times the KL divergence."""
         clean, adversarial = logits
         return cross_entropy(clean, y) + self.beta * _kl(clean, adversarial)
 
@@ -168,81 +299,20 @@ def make_scheme(
     name: str,
     threats: Sequence[Threat],
     n_iters: Sequence[int],
-    ramp_lambda: float = 2.0,
+    options: Mapping[str, float] | None = None,
     trades_beta: float | None = None,
 ) -> Scheme:
-    """The scheme called `name`; trades_beta, if given, puts TRADES' loss in the place of cross-entropy. Raises ValueError."""
-    scheme: Scheme
-    match name:
-        case "eat" | "eat-uniform" | "eat-mixed" | "sat":
-            scheme = SampledNorm(threats, n_iters, by_error=name in ("eat", "eat-mixed"), each=name == "eat-mixed")
-        case "avg":
-            scheme = Average(threats, n_iters)
-        case "max":
-            scheme = Maximum(threats, n_iters)
-        case "msd":
-            if len(set(n_iters)) > 1:
-                raise ValueError(f"msd makes one run for all norms, with one number of steps, got {list(n_iters)}")
-            scheme = MultiSteepestDescent(threats, n_iters)
-        case "ramp":
-            if len(threats) != 2:
-                raise ValueError(f"ramp is for two norms, such as 'Linf L1', got {len(threats)}")
-            scheme = Ramp(threats, n_iters, ramp_lambda)
-        case _:
-            raise ValueError(f"unknown scheme {name!r}; choose one of {' '.join(SCHEMES)}")
+    """The registered scheme `name`, with TRADES' loss in place of cross-entropy if trades_beta is given. Raises ValueError."""
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}; choose one of {' '.join(SCHEMES)}")
+    scheme = SCHEMES[name](threats, n_iters, options)
     if trades_beta is None:
         return scheme
-    if isinstance(scheme, Average):
+    if not scheme.single:
         raise ValueError(
-            f"{name} has a loss of its own; trades goes with the schemes that make one adversarial point an image"
+            f"{name} has a loss of its own; trades goes with the schemes that make one adversarial example per image"
         )
     return Trades(scheme, trades_beta)
-
-
-class RunningErrors:
-    """Each threat's training error, 1 - right / seen under attack, counted over the whole run.
-
-    What is drawn by it knows all updates but the last one, so that no device has to finish that before the next is prepared.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.right, self.seen = [0] * number, [0] * number
-        self._coming: deque[AsyncScalars] = deque()  # updates not counted yet
-
-    def all(self) -> list[float]:
-        """After all updates; 1 where a threat was not met yet. Waits for the device."""
-        self._count()
-        return self._errors()
-
-    def chances(self) -> list[float]:
-        """Each threat's to be drawn, after all updates but the last: even until each was met (and if none errs), then by error."""
-        self._count(all_but=1)
-        errors = self._errors()
-        if 0 in self.seen or sum(errors) == 0:
-            return [1 / len(errors)] * len(errors)
-        return [error / sum(errors) for error in errors]
-
-    def observe(self, counts: Tensor) -> None:
-        """An update's outcome: for each threat how many points were right under attack, of how many, (number, 2)."""
-        self._coming.append(AsyncScalars(counts))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Counts, and the updates not counted yet. Waits for the device."""
-        return {"right": list(self.right), "seen": list(self.seen), "coming": [c.numbers() for c in self._coming]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there: the next draw knows what it would have known."""
-        self.right, self.seen = list(state["right"]), list(state["seen"])
-        self._coming = deque(AsyncScalars(torch.tensor(counts)) for counts in state["coming"])
-
-    def _count(self, all_but: int = 0) -> None:
-        while len(self._coming) > all_but:
-            for index, (right, seen) in enumerate(self._coming.popleft().numbers()):
-                self.right[index] += int(right)
-                self.seen[index] += int(seen)
-
-    def _errors(self) -> list[float]:
-        return [1 - right / seen if seen else 1.0 for right, seen in zip(self.right, self.seen, strict=True)]
 
 
 def _cross_entropies(logits: Tensor, y: Tensor) -> Tensor:

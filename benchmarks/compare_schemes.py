@@ -35,23 +35,23 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
-import eval as eval_script
-import train
 from benchmarks.scheme_report import Line, Row, write_report
+from config import Config, EvalConfig, TrainConfig, checked_eval, flags_given, resolved, same_command
+from config import make_parser as make_script_parser
 from data import number_of_batches
 from plot import read_records
-from utils.cli import Parser, add_flag, natural_int, positive_int, word_list
+from utils.checkpoint import state_files
+from utils.cli import Parser, UsageError, add_flag, blame, natural_int, positive_int, usage_errors, words
 from utils.resume import lock_run, newest_run
 from utils.run_folder import append_json_line, read_json
 from utils.signals import Interrupted, Signals
-from utils.state import state_files
 
 ROOT = Path(__file__).parents[1]
 Result = TypeVar("Result")
@@ -141,7 +141,7 @@ class Scripts:
         self.threads = max(1, torch.get_num_threads() // jobs)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
-        self.lock = Lock()  # of the two above, and of sys.stderr, which newest_run exchanges
+        self.lock = Lock()  # of the two above
 
     def run(self, script: str, flags: Sequence[str], name: str) -> None:
         """Run it to its end; what it says goes to logs/NAME.log. Raises Failed."""
@@ -166,9 +166,8 @@ class Scripts:
 
     def newest(self, flags: Sequence[str], place: str) -> Path | None:
         """The run with these flags in folder/PLACE that is complete, if there is one."""
-        parser = train.make_parser()
-        with self.lock:
-            run = newest_run(parser, parser.parse_args([*flags, f"--save_dir={self.folder / place}"]), train.FREE)
+        asked = flags_given(make_script_parser(TrainConfig, None), flags)
+        run = newest_run(str(self.folder / place), lambda config: same_command(asked, config["asked"]))
         return run if run and not state_files(run) and checkpoint(run).exists() else None
 
     def trained(self, flags: Sequence[str], place: str, name: str) -> Path:
@@ -289,7 +288,7 @@ def add_result(path: Path, line: Line) -> None:
 
 def seed_list(text: str) -> tuple[int, ...]:
     """Whole numbers with blanks between, each once."""
-    return tuple(dict.fromkeys(natural_int(part) for part in word_list(text)))
+    return tuple(dict.fromkeys(natural_int(part) for part in words(text)))
 
 
 def scheme(text: str) -> tuple[str, str]:
@@ -305,7 +304,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="benchmarks/compare_schemes.py", description=__doc__)
     parser.add_argument("study", metavar="STUDY", help=f"{', '.join(STUDIES)}, or a name for your own (needed)")
     parser.add_argument("more", metavar="SCHEME", nargs="*", type=scheme, help="more schemes (the study's alone)")
-    add_flag(parser, "--only", type=word_list, help="of all schemes these alone, and the baseline (all)")
+    add_flag(parser, "--only", type=words, help="of all schemes these alone, and the baseline (all)")
     add_flag(parser, "--baseline", help="scheme to which the others are compared (eat, or the first if there is none)")
     add_flag(parser, "--seeds", type=seed_list, help="with blanks between (the study's, else 0)")
     add_flag(parser, "--train", default="", help="flags of train.py for all schemes, behind the study's (none)")
@@ -348,21 +347,23 @@ def study_of(args: Namespace, parser: Parser) -> Study:
     )
 
 
-def checked(theirs: Parser, own: Sequence[str], flags: Sequence[str], what: str, parser: Parser) -> Namespace:
-    """The flags of a script, given by `what`; a usage error if it would refuse them, before anything is done."""
+def checked(config: type[Config], own: Sequence[str], flags: Sequence[str], what: str) -> Any:
+    """The configuration of a script's flags, given by `what`. Raises UsageError if it would refuse them, before anything is done."""
     said = StringIO()
     try:
         with redirect_stderr(said):
-            args = theirs.parse_args(list(flags))
-            if theirs.prog == "train.py":
-                train.resolve(args, theirs)
-            else:
-                eval_script.check_flags(args, theirs)
-    except SystemExit:
-        parser.error(f"argument {what}: {said.getvalue()}")
-    if given := [f"--{name}" for name in own if getattr(args, name) != getattr(theirs.parse_args([]), name)]:
-        parser.error(f"argument {what}: leave {' '.join(given)} out, each job has its own (seeds: --seeds)")
-    return args
+            asked = flags_given(make_script_parser(config, None), list(flags))
+        if config is TrainConfig:
+            found: Any = resolved(TrainConfig(**asked))
+        else:
+            found = checked_eval(EvalConfig(**{"model_name": "start.pth"} | asked))
+    except SystemExit as error:
+        raise UsageError(what, said.getvalue()) from error
+    except UsageError as error:
+        raise UsageError(what, error) from error
+    if given := [f"--{name}" for name in own if name in asked]:
+        raise UsageError(what, f"leave {' '.join(given)} out, each job has its own (seeds: --seeds)")
+    return found
 
 
 class Plan:
@@ -371,15 +372,15 @@ class Plan:
     def __init__(self, args: Namespace, parser: Parser) -> None:
         study = study_of(args, parser)
         self.name, self.seeds, self.equal_cost = args.study, study.seeds, args.equal_cost
-        with parser.blame("--train"):
+        with blame("--train"):
             self.train = shlex.split(study.train)
-        with parser.blame("--eval"):
+        with blame("--eval"):
             self.evaluation = shlex.split(study.evaluation)
-        with parser.blame("--start"):
+        with blame("--start"):
             self.start = shlex.split(study.start)
         schemes = {}
         for name, flags in [*map(scheme, study.schemes.split()), *args.more]:
-            with parser.blame(f"SCHEME {name}"):
+            with blame(f"SCHEME {name}"):
                 schemes[name] = shlex.split(flags)
         self.baseline = args.baseline or ("eat" if "eat" in schemes else next(iter(schemes)))
         for flag, names in (("--only", args.only or []), ("--baseline", [self.baseline])):
@@ -387,15 +388,15 @@ class Plan:
                 parser.error(f"argument {flag}: {' '.join(unknown)} not among the schemes, {' '.join(schemes)}")
         chosen = {*(args.only or schemes), self.baseline}
         self.schemes = {name: flags for name, flags in schemes.items() if name in chosen}
-        checked(eval_script.make_parser(), EVAL_OWN, self.evaluation, "--eval", parser)
+        checked(EvalConfig, EVAL_OWN, self.evaluation, "--eval")
         if self.start:
-            checked(train.make_parser(), TRAIN_OWN, self.start, "--start", parser)
+            checked(TrainConfig, TRAIN_OWN, self.start, "--start")
         self.epochs: dict[str, int] = {}
         self.init_epochs: dict[str, int] = {}
         for name in self.schemes:
             flags = self.flags(name, Path("start.pth"))
-            args = checked(train.make_parser(), TRAIN_OWN, flags, f"SCHEME {name}", parser)
-            self.epochs[name], self.init_epochs[name] = args.epochs, args.init_epochs
+            config = checked(TrainConfig, TRAIN_OWN, flags, f"SCHEME {name}")
+            self.epochs[name], self.init_epochs[name] = config.epochs, config.init_epochs
 
     def flags(self, name: str, start: Path | None) -> list[str]:
         """Of train.py, for a scheme; `start`: the network that was trained for it, if one was."""
@@ -495,6 +496,7 @@ def report(plan: Plan, jobs: Sequence[Job], folder: Path) -> None:
         print(f"nothing is finished in {folder}")
 
 
+@usage_errors("benchmarks/compare_schemes.py")
 def main(argv: Sequence[str] | None = None) -> Path:
     """Do what is not finished yet, write table and picture; the study's folder."""
     parser = make_parser()
@@ -505,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     scripts = Scripts(folder, where, args.jobs, args.report_only)
     with ExitStack() as held:
         if not args.report_only:
-            with parser.blame("--save_dir"):
+            with blame("--save_dir"):
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_run(folder, seconds=0))
         try:

@@ -24,8 +24,8 @@ from attacks.threat import Threat, threats_for
 from data import load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate
 from models.pretrained import load_model
-from utils.cli import Parser, add_flag, float_list, natural_int, positive_int, word_list
-from utils.distributed import choose_device
+from utils.cli import Parser, add_flag, floats, natural_int, positive_int, words
+from utils.distributed import Process, choose_device
 from utils.precision import Amp
 
 OURS: dict[str, tuple[bool, Amp]] = {  # union only, format of the attack's passes
@@ -75,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flag(parser, "--data_dir", default="./datasets", help="(%(default)s)")
     add_flag(parser, "--dataset", default="cifar10", help="(%(default)s)")
     add_flag(parser, "--n_ex", type=positive_int, default=50, help="first test points (%(default)s)")
-    add_flag(parser, "--l_norms", type=word_list, default=list(NORMS), help="('Linf L2 L1')")
-    add_flag(parser, "--l_eps", type=float_list, help="a radius per norm (the data set's)")
+    add_flag(parser, "--l_norms", type=words, default=list(NORMS), help="('Linf L2 L1')")
+    add_flag(parser, "--l_eps", type=floats, help="a radius per norm (the data set's)")
     add_flag(parser, "--batch_size_eval", type=positive_int, default=250, help="points attacked at once (%(default)s)")
     add_flag(parser, "--seed", type=natural_int, default=0, help="(%(default)s)")
     add_flag(parser, "--device", default="auto", help="(%(default)s)")
-    add_flag(parser, "--only", type=word_list, help=f"rows by number, 0 is {OTHER}, then {', '.join(OURS)} (all)")
+    add_flag(parser, "--only", type=words, help=f"rows by number, 0 is {OTHER}, then {', '.join(OURS)} (all)")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     model = load_model(args.model_name, args.model_dir, args.dataset).model.eval().to(device).requires_grad_(False)
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             union_only, amp = OURS[name]
             examples = Examples(test.images, test.labels, test.levels)
             plan = AttackPlan(union_only=union_only, seed=args.seed)
-            options = EvaluationOptions(device, args.batch_size_eval, amp, progress=False)
+            options = EvaluationOptions(Process(device), args.batch_size_eval, amp, progress=False)
             result = evaluate(counted, examples, threats, plan, options)
             rows = {key: row["accuracy"] for key, row in result.accuracies().items() if key != "average"}
         told = ", ".join(f"{key} {value:g}" for key, value in rows.items())

@@ -31,14 +31,14 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
 import train
-from attacks.multinorm import Scheme, clean_batch
+from attacks.multinorm import AdversarialBatch, Scheme
 from attacks.norms import NORMS
 from attacks.projections import project_l1
 from attacks.threat import Threat, threats_for
 from benchmarks import libraries
 from data import Split, batches, load_dataset
 from models import build_model
-from utils.cli import Parser, add_flag, positive_int, word_list
+from utils.cli import Parser, add_flag, positive_int, words
 from utils.modules import eval_mode, no_param_grad
 from utils.precision import Amp, autocast_model, keep_freed_memory
 
@@ -118,7 +118,9 @@ def updater(batch_size: int, amp: Amp | None) -> Callable[[str, int], None]:
         else:
             with eval_mode(model), no_param_grad(model):
                 x_adv = apgd_module.apgd(forward, x, y, threat, n_iter).x_best
-        train.update(forward, optimizer, scaler, standard, [(clean_batch(x_adv, 0), y)])
+        optimizer.zero_grad()
+        train.forward_backward(forward, standard, [(AdversarialBatch.clean(x_adv, 0), y)], 1 / batch_size, scaler)
+        train.optimizer_step(optimizer, scaler, None)
 
     return update
 
@@ -339,13 +341,13 @@ ROWS: dict[str, Callable[[int, int], None]] = {
 def main() -> None:
     """Print the rows that were asked for."""
     parser = Parser(prog="benchmarks/speed.py", description=__doc__)
-    add_flag(parser, "--rows", type=word_list, default=list(ROWS), help=f"which: {' '.join(ROWS)} (all)")
+    add_flag(parser, "--rows", type=words, default=list(ROWS), help=f"which: {' '.join(ROWS)} (all)")
     add_flag(parser, "--runs", type=positive_int, default=5, help="paired runs (%(default)s)")
     add_flag(parser, "--batch_size", type=positive_int, default=128, help="images (%(default)s)")
     add_flag(parser, "--threads", type=positive_int, help="CPU threads (PyTorch's choice)")
     add_flag(parser, "--picture", help="draw where the time of an update goes into this file, and nothing else")
     add_flag(
-        parser, "--update", type=word_list, help="'WAY NORM': print the seconds and MB of one update, and nothing else"
+        parser, "--update", type=words, help="'WAY NORM': print the seconds and MB of one update, and nothing else"
     )
     args = parser.parse_args()
     unknown = set(args.rows) - set(ROWS)

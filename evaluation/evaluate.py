@@ -21,22 +21,20 @@ from attacks.threat import Threat
 from evaluation.autoattack import library_attacks
 from evaluation.curve import accuracy_curve, curve_logs, make_curve_runs
 from evaluation.storage import Journal, Recorder, open_images
-from utils.distributed import barrier
+from utils.distributed import Process, barrier
 from utils.precision import Amp, autocast_model
 
-CPU = torch.device("cpu")
+ALONE = Process(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """How an evaluation is carried out. The figures depend on none of it, up to the rounding of the network's kernels and of amp."""
 
-    device: torch.device = CPU
+    process: Process = ALONE  # example i is attacked by process i % world_size, on its device
     batch_size: int = 250  # images attacked at once
     amp: Amp = "off"  # format of the attack's passes; what they break is judged again in float32
     curve: bool = False  # also one APGD-CE at radii up to 2 eps
-    rank: int = 0  # of this process; example i is attacked by process i % world_size
-    world_size: int = 1
     progress: bool = True  # a bar on stderr
 
 
@@ -53,17 +51,18 @@ def evaluate(
 ) -> Evaluation:
     """Attack the examples that are right, in each threat model; every process returns the whole.
 
-    The model is on options.device, in eval mode, its parameters without gradient. With a folder, which several processes need, the images
-    that broke examples are in its adv_THREAT.npy (clean ones elsewhere), and what its journal says is done is not done again: that must be
-    of the same network, examples, threats, plan, amp and curve. Images outside ball or box do not count and are warned of.
+    The model is on the process' device, in eval mode, its parameters without gradient. With a folder, which several processes need,
+    the images that broke examples are in its adv_THREAT.npy (clean ones elsewhere), and what its journal says is done is not done again:
+    that must be of the same network, examples, threats, plan, amp and curve. Images outside ball or box do not count and are warned of.
     """
-    journal, mine = Journal(folder, options.rank), torch.arange(options.rank, len(examples), options.world_size)
-    attack_model = None if options.amp == "off" else autocast_model(model, options.device, options.amp)
-    network = Network(model, options.device, options.batch_size, attack_model)
+    device, rank = options.process.device, options.process.rank
+    journal, mine = Journal(folder, rank), torch.arange(rank, len(examples), options.process.world_size)
+    attack_model = None if options.amp == "off" else autocast_model(model, device, options.amp)
+    network = Network(model, device, options.batch_size, attack_model)
     ranking, warnings = rank_classes(network, examples, mine)
     journal.add_clean(mine, ranking[mine, 0] == examples.y[mine])
-    images = open_images(folder, threats, examples, options.rank)
-    recorder = Recorder(journal, images, options.progress and options.rank == 0)
+    images = open_images(folder, threats, examples, rank)
+    recorder = Recorder(journal, images, options.progress and rank == 0)
     others = library_attacks(plan.seed, ranking.shape[1])
     context = EvaluationContext(network, examples, ranking, plan, recorder, others)
     logs = {threat: context.empty_log(threat) for threat in threats}

@@ -31,6 +31,16 @@ config = {"dataset": "digits", "epochs": epochs, "seed": int(flags.get("seed", 0
 config["ema"] = float(flags["ema"]) if "ema" in flags else None
 config["gradient_projection"] = "gradient_projection" in flags
 config |= {"scheme": flags.get("notes_run", "")}
+
+
+def value(name, text):  # as config.flags_given has it
+    if name in ("l_norms", "l_iters"):
+        return [int(word) if word.isdecimal() else word for word in text.split()]
+    number = text.replace(".", "", 1).isdecimal()
+    return not text or ((float(text) if "." in text else int(text)) if number else text)
+
+
+config["asked"] = {name.replace("-", "_"): value(name, text) for name, text in flags.items()}
 env = {"command": ["train.py", *sys.argv[1:]], "commit": "c" * 40, "device": "cpu", "threads": int(os.environ["OMP_NUM_THREADS"])}
 passes = {"forward": steps + 2, "backward": steps + 1}
 for name, content in (("env", env), ("config", config)):

@@ -21,7 +21,7 @@ from torch import Tensor
 import train
 from data import Dataset, Extra, FolderSplit, Mixed, Split, batches, load_dataset, load_extra, mix, number_of_batches
 from utils.arrays import load_pickled_arrays, mmap_npz
-from utils.state import newest_state
+from utils.checkpoint import newest_state
 
 SIZES = [(40, 100, 8, 0.5), (43, 100, 8, 0.5), (41, 17, 12, 0.7), (30, 5, 10, 0.1), (5, 3, 64, 0.5), (20, 7, 2, 0.9)]
 Batches = list[tuple[Tensor, Tensor]]
@@ -442,7 +442,7 @@ def test_flags_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     more = f"--extra_data={save('more.npz', IMAGE, LABEL)}"
     refused([*FLAGS, "--extra_fraction=0.5"], capsys, "--extra_fraction", "--extra_data")
     refused([*FLAGS, more, "--extra_fraction=1"], capsys, "--extra_fraction", "between 0 and 1")
-    refused([*FLAGS, more, "--batch_size=1"], capsys, "--batch_size", "two points")
+    refused([*FLAGS, more, "--batch_size=1"], capsys, "--batch_size", "two images")
 
 
 def test_folders_of_images_take_none(digits: Dataset) -> None:
@@ -467,18 +467,18 @@ def test_a_run_that_was_cut_off_goes_on_with_a_file_that_has_moved(
     config = json.loads((whole / "config.json").read_text())
     assert (config["extra_data"], config["extra_fraction"]) == ("more.npz", 0.4)
     assert config["extra_content"].startswith("50 images ")
-    done, update = [], train.update
+    done, optimizer_step = [], train.optimizer_step
 
-    def cut_off(*args: Any) -> Tensor:
+    def cut_off(*args: Any) -> None:
         if len(done) == 9:
             raise ConnectionResetError
         done.append(1)
-        return update(*args)
+        optimizer_step(*args)
 
-    monkeypatch.setattr(train, "update", cut_off)
+    monkeypatch.setattr(train, "optimizer_step", cut_off)
     with pytest.raises(SystemExit):
         train.main([*RUN, f"--extra_data={more}", "--save_dir=cut"])
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "optimizer_step", optimizer_step)
     [cut] = Path("cut").iterdir()
     assert newest_state(cut)[0].name.startswith("state_0001_000003-")  # type: ignore[union-attr]
     capsys.readouterr()

@@ -15,7 +15,7 @@ def halves(model: nn.Linear, natural: list[float], adversarial: list[float]) -> 
     projection.begin()
     with torch.no_grad():
         model.weight += torch.tensor(natural)
-        projection.turn()
+        projection.switch()
         model.weight += torch.tensor(adversarial)
     return projection
 
@@ -46,7 +46,7 @@ def test_statistics_are_the_adversarial_halves() -> None:
     projection = GradientProjection(model, torch.optim.SGD(model.parameters(), lr=0.1))
     projection.begin()
     model(torch.tensor([[10.0, 10.0], [20.0, 20.0]]))
-    projection.turn()
+    projection.switch()
     assert model.running_mean.tolist() == [0, 0]
     model(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     projection.end()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attacks.apgd import apgd
 from attacks.msd import msd
-from attacks.multinorm import SCHEMES, SampledNorm, RunningErrors, Scheme, make_scheme
+from attacks.multinorm import EAT, SCHEMES, RunningErrors, Scheme, make_scheme
 from attacks.threat import NORMS, Threat
 from training.metrics import per_threat_sums
 
@@ -21,26 +21,28 @@ LINF, L2, L1 = Threat("Linf", 0.1), Threat("L2", 0.5), Threat("L1", 3.0)
 THREATS = [LINF, L2, L1]
 
 
-def counts(*rows: tuple[int, int]) -> Tensor:
-    """(right, seen) of each threat."""
-    return torch.tensor(rows, dtype=torch.float32)
+Counts = tuple[list[int], list[int]]
 
 
-def met(index: int, right: int, seen: int, number: int) -> Tensor:
-    """An update that met one threat alone."""
+def counts(*rows: tuple[int, int]) -> Counts:
+    """Correct predictions and examples, of (correct, seen) for each threat."""
+    return [correct for correct, _ in rows], [seen for _, seen in rows]
+
+
+def met(index: int, right: int, seen: int, number: int) -> Counts:
+    """A step that met one threat alone."""
     return counts(*((right, seen) if i == index else (0, 0) for i in range(number)))
 
 
 def test_even_until_each_threat_was_met() -> None:
     errors = RunningErrors(3)
-    assert errors.chances() == pytest.approx([1 / 3] * 3)
-    errors.observe(met(0, 1, 10, 3))
-    errors.observe(met(2, 9, 10, 3))
-    assert errors.all() == pytest.approx([0.9, 1, 0.1])
-    assert errors.chances() == pytest.approx([1 / 3] * 3)
-    errors.observe(counts((0, 0), (5, 10), (0, 0)))
-    errors.all()
-    assert errors.chances() == pytest.approx([0.9 / 1.5, 0.5 / 1.5, 0.1 / 1.5])
+    assert errors.probabilities() == pytest.approx([1 / 3] * 3)
+    errors.observe(*met(0, 1, 10, 3))
+    errors.observe(*met(2, 9, 10, 3))
+    assert errors.rates() == pytest.approx([0.9, 1, 0.1])
+    assert errors.probabilities() == pytest.approx([1 / 3] * 3)
+    errors.observe(*counts((0, 0), (5, 10), (0, 0)))
+    assert errors.probabilities() == pytest.approx([0.9 / 1.5, 0.5 / 1.5, 0.1 / 1.5])
 
 
 @settings(deadline=None, database=None, max_examples=100, derandomize=True)
@@ -51,27 +53,26 @@ def test_chances_follow_the_counts_of_the_whole_run(updates: list[tuple[int, int
     errors = RunningErrors(2)
     right, seen = [0, 0], [0, 0]
     for index, size, share in updates:
-        errors.observe(met(index, int(share * size), size, 2))
+        errors.observe(*met(index, int(share * size), size, 2))
         right[index] += int(share * size)
         seen[index] += size
-    told = errors.all()
-    assert (errors.right, errors.seen) == (right, seen)
-    assert sum(errors.chances()) == pytest.approx(1)
+    told = errors.rates()
+    assert (errors.correct, errors.seen) == (right, seen)
+    assert sum(errors.probabilities()) == pytest.approx(1)
     if all(seen):
         expected = [1 - r / s for r, s in zip(right, seen, strict=True)]
         assert told == pytest.approx(expected)
         chances = [error / sum(expected) for error in expected] if sum(expected) else [0.5, 0.5]
-        assert errors.chances() == pytest.approx(chances)
+        assert errors.probabilities() == pytest.approx(chances)
     else:
-        assert errors.chances() == pytest.approx([0.5, 0.5])
+        assert errors.probabilities() == pytest.approx([0.5, 0.5])
 
 
-def after(name: str, *rows: tuple[int, int]) -> SampledNorm:
+def after(name: str, *rows: tuple[int, int]) -> EAT:
     """A scheme that has met its threats so."""
     scheme = make_scheme(name, THREATS[: len(rows)], [1] * len(rows))
-    assert isinstance(scheme, SampledNorm)
-    scheme.errors.observe(counts(*rows))
-    scheme.errors.all()
+    assert isinstance(scheme, EAT)
+    scheme.observe(*counts(*rows))
     return scheme
 
 
@@ -83,9 +84,9 @@ def test_draws_have_their_frequencies(name: str, rights: tuple[int, ...]) -> Non
     generator = torch.Generator().manual_seed(0)
     n = 10_000
     if name == "eat-mixed":
-        drawn = scheme.draw(n, generator)
+        drawn = scheme.draw(n, 0, generator)
     else:
-        batches = [scheme.draw(5, generator) for _ in range(n)]
+        batches = [scheme.draw(5, 0, generator) for _ in range(n)]
         assert all(len(set(batch.tolist())) == 1 and len(batch) == 5 for batch in batches)
         drawn = torch.stack(batches)[:, 0]
     for index, right in enumerate(rights):
@@ -95,29 +96,17 @@ def test_draws_have_their_frequencies(name: str, rights: tuple[int, ...]) -> Non
         assert abs(float((drawn == index).float().mean()) - chance) <= 4 * error
 
 
-def test_a_draw_waits_for_all_updates_but_the_last() -> None:
-    errors = RunningErrors(2)
-    errors.observe(met(0, 2, 10, 2))
-    errors.observe(met(1, 10, 10, 2))
-    errors.chances()
-    assert (errors.right, errors.seen) == ([2, 0], [10, 0])
-    errors.observe(met(1, 3, 10, 2))
-    errors.chances()
-    assert (errors.right, errors.seen) == ([2, 10], [10, 10])
-    assert errors.all() == pytest.approx([0.8, 1 - 13 / 20])
-
-
 def test_all_robust_is_even() -> None:
     scheme = after("eat", (10, 10), (10, 10))
-    assert scheme.errors.all() == [0, 0]
-    assert {int(scheme.draw(1, torch.Generator().manual_seed(seed))) for seed in range(20)} == {0, 1}
+    assert scheme.errors.rates() == [0, 0]
+    assert {int(scheme.draw(1, 0, torch.Generator().manual_seed(seed))) for seed in range(20)} == {0, 1}
 
 
 @pytest.mark.parametrize("right", [0, 5, 10])
 def test_single_threat_is_always_drawn(right: int) -> None:
     scheme = after("eat", (right, 10))
     generator = torch.Generator().manual_seed(0)
-    assert {int(scheme.draw(1, generator)) for _ in range(50)} == {0}
+    assert {int(scheme.draw(1, 0, generator)) for _ in range(50)} == {0}
 
 
 @pytest.mark.parametrize("name", ["eat", "eat-mixed"])
@@ -125,16 +114,16 @@ def test_saved_errors_go_on_as_if_never_saved(name: str) -> None:
     scheme, again = (make_scheme(name, [LINF, L1], [1, 1]) for _ in range(2))
     first, second = (torch.Generator().manual_seed(3) for _ in range(2))
     for step in range(60):
-        if step % 7 == 0:  # also right after an update that the next draw does not know
-            state = scheme.errors.state_dict()
+        if step % 7 == 0:
+            state = scheme.state_dict()
             again = make_scheme(name, [LINF, L1], [1, 1])
-            again.errors.load_state_dict(state)
+            again.load_state_dict(state)
             second.set_state(first.get_state())
-        drawn = scheme.draw(10, first)
-        assert torch.equal(again.draw(10, second), drawn)
+        drawn = scheme.draw(10, step, first)
+        assert torch.equal(again.draw(10, step, second), drawn)
         for each in (scheme, again):
-            each.errors.observe(met(int(drawn[0]), (5 * step) % 11, 10, 2))
-    assert scheme.errors.all() == again.errors.all()
+            each.observe(*met(int(drawn[0]), (5 * step) % 11, 10, 2))
+    assert scheme.errors.rates() == again.errors.rates()
 
 
 class Linear(nn.Module):
@@ -176,7 +165,7 @@ def test_max_and_msd_find_the_strongest_norms_point(name: str, norm: str) -> Non
     drops = [drop(threat, w) for threat in SMALL]
     strongest = [threat.norm for threat in SMALL].index(norm)  # type: ignore[arg-type]
     assert max(drops) == drops[strongest] > 1.05 * sorted(drops)[1]
-    points = make_scheme(name, SMALL, [20] * 3).points(Linear(w), MIDDLE, LABELS, LABELS)
+    points = make_scheme(name, SMALL, [20] * 3).attack(Linear(w), MIDDLE, LABELS, LABELS)
     assert points.threat.tolist() == [[strongest] * 6]
     lowered = (MIDDLE - points.x[0]).flatten(1) @ torch.tensor(w)
     torch.testing.assert_close(lowered, torch.full((6,), drops[strongest]), rtol=0.03, atol=0)
@@ -185,7 +174,7 @@ def test_max_and_msd_find_the_strongest_norms_point(name: str, norm: str) -> Non
 def test_max_is_the_pointwise_maximum(trained: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
     found = [apgd(trained, x, y, threat, 5) for threat in THREATS]
-    points = make_scheme("max", THREATS, [5] * 3).points(trained, x, y, torch.zeros_like(y))
+    points = make_scheme("max", THREATS, [5] * 3).attack(trained, x, y, torch.zeros_like(y))
     losses = F.cross_entropy(trained(points.x[0]), y, reduction="none")
     highest, index = torch.stack([each.loss for each in found]).max(0)
     torch.testing.assert_close(losses, highest)
@@ -232,7 +221,7 @@ def digits() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["eat", "sat"])
 def test_one_norm_for_a_batch(name: str, trained: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
-    points = make_scheme(name, THREATS, [3] * 3).points(trained, x, y, torch.ones_like(y))
+    points = make_scheme(name, THREATS, [3] * 3).attack(trained, x, y, torch.ones_like(y))
     assert torch.equal(points.x[0], apgd(trained, x, y, L2, 3).x_best)
     assert points.threat.tolist() == [[1] * 40]
 
@@ -243,7 +232,7 @@ def test_eat_mixed_attacks_each_image_in_its_norm(
 ) -> None:
     x, y = digits
     drawn = torch.arange(40) % 3
-    points = make_scheme("eat-mixed", THREATS, steps).points(network, x, y, drawn)
+    points = make_scheme("eat-mixed", THREATS, steps).attack(network, x, y, drawn)
     assert points.threat.tolist() == [drawn.tolist()]
     for index, threat in enumerate(THREATS):
         whole = apgd(network, x, y, threat, steps[index]).x_best
@@ -253,7 +242,7 @@ def test_eat_mixed_attacks_each_image_in_its_norm(
 def test_avg_is_the_mean_over_the_norms(trained: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
     scheme = make_scheme("avg", THREATS, [3] * 3)
-    points = scheme.points(trained, x, y, torch.zeros_like(y))
+    points = scheme.attack(trained, x, y, torch.zeros_like(y))
     logits = torch.stack([trained(apgd(trained, x, y, threat, 3).x_best) for threat in THREATS])
     torch.testing.assert_close(torch.stack([trained(view) for view in points.x]), logits)
     assert points.threat.tolist() == [[0] * 40, [1] * 40, [2] * 40]
@@ -276,7 +265,7 @@ def kl(p: float, q: float) -> float:
 def test_ramp_by_hand() -> None:
     """Mean of the larger cross-entropy, plus lambda times the mean KL over the three images that are right under q."""
     y = torch.zeros(4, dtype=torch.int64)
-    loss = make_scheme("ramp", [LINF, L1], [1, 1], ramp_lambda=1.5).loss(logits_of(Q, R), y)
+    loss = make_scheme("ramp", [LINF, L1], [1, 1], options={"ramp_lambda": 1.5}).loss(logits_of(Q, R), y)
     larger = sum(max(-math.log(q), -math.log(r)) for q, r in zip(Q, R, strict=True)) / 4
     pairing = sum(kl(q, r) for q, r in zip(Q, R, strict=True) if q > 0.5) / 3
     assert float(loss.mean()) == pytest.approx(larger + 1.5 * pairing)
@@ -285,26 +274,25 @@ def test_ramp_by_hand() -> None:
 
 
 def test_trades_by_hand(trained: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
-    """AdversarialBatch are clean and adversarial; cross-entropy is clean, KL from clean to adversarial."""
+    """The two versions are the clean image and the adversarial example; cross-entropy is clean, KL from clean to adversarial."""
     scheme = make_scheme("eat", [LINF, L1], [2, 2], trades_beta=6.0)
     y = torch.zeros(4, dtype=torch.int64)
     by_hand = [-math.log(q) + 6 * kl(q, r) for q, r in zip(Q, R, strict=True)]
     assert scheme.loss(logits_of(Q, R), y).tolist() == pytest.approx(by_hand)
     x, labels = digits
-    points = scheme.points(trained, x, labels, torch.ones_like(labels))
+    points = scheme.attack(trained, x, labels, torch.ones_like(labels))
     assert torch.equal(points.x[0], x)
     assert torch.equal(points.x[1], apgd(trained, x, labels, L1, 2).x_best)
     assert points.threat.tolist() == [[2] * 40, [1] * 40]
-    scheme.errors.observe(counts((9, 10), (0, 10)))
-    scheme.errors.all()
-    drawn = torch.stack([scheme.draw(1, torch.Generator().manual_seed(seed)) for seed in range(200)])
+    scheme.observe(*counts((9, 10), (0, 10)))
+    drawn = torch.stack([scheme.draw(1, 0, torch.Generator().manual_seed(seed)) for seed in range(200)])
     assert 150 < int(drawn.sum()) < 200
 
 
 def test_standard_training_sees_clean_images(trained: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
     scheme = Scheme(THREATS)
-    points = scheme.points(trained, x, y, scheme.draw(40, torch.Generator()))
+    points = scheme.attack(trained, x, y, scheme.draw(40, 0, torch.Generator()))
     assert torch.equal(points.x, x[None])
     assert points.threat.tolist() == [[3] * 40]
 
@@ -330,17 +318,17 @@ def test_no_scheme_waits_for_the_device(name: str) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Flatten(), nn.Linear(27, 5))
         x, y = torch.rand(8, 3, 3, 3), torch.zeros(8, dtype=torch.int64)
-    threats = [LINF, L1] if name == "ramp" else THREATS
+    threats = [threat for threat in THREATS if threat.norm in SCHEMES[name].norms]
     scheme = make_scheme(name, threats, [2] * len(threats), trades_beta=None)
     drawn = torch.arange(8) % 2 if name == "eat-mixed" else torch.zeros(8, dtype=torch.int64)
-    points = scheme.points(model, x, y, drawn)
+    points = scheme.attack(model, x, y, drawn)
     logits = model(points.x.flatten(0, 1)).unflatten(0, points.threat.shape)
     assert scheme.loss(logits, y).shape == (8,)
     assert per_threat_sums(logits, y, points.threat, len(threats) + 1).shape == (len(threats) + 1, 3)
 
 
-def test_a_tally_by_hand() -> None:
-    """Two views of two images; the second image's second view is clean, and what is not finite stays in its row."""
+def test_per_threat_sums_by_hand() -> None:
+    """Two versions of two images; the second image's second one is clean, and what is not finite stays in its row."""
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 3.0], [float("nan"), 0.0]]])
     y = torch.tensor([0, 0])
     told = per_threat_sums(logits, y, torch.tensor([[0, 1], [1, 2]]), 3)

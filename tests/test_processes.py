@@ -18,8 +18,8 @@ import torch
 
 import eval as eval_script
 import train
+from utils.checkpoint import newest_state
 from utils.distributed import SyncBatchNorm, sync_batchnorm
-from utils.state import newest_state
 
 Launch = Callable[..., ForkServerProcess]
 FLAGS = ["--dataset=digits", "--device=cpu", "--threads=1", "--attack=apgd", "--l_norms=Linf L1", "--at_iter=3"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim import lr_schedule, parameter_groups, set_lr
+from training.optim import parameter_groups, set_lr
 from utils.distributed import choose_device
 from utils.modules import eval_mode, generator, no_param_grad
+from utils.schedules import lr_schedule
 
 
 @pytest.mark.parametrize("steps", [1, 7, 98, 391])

@@ -9,6 +9,7 @@ import torch
 
 import eval as eval_script
 import train
+from config import EvalConfig, TrainConfig, make_parser
 
 TINY = ["--dataset=digits", "--width=4", "--n_ex_train=150", "--batch_size=64", "--device=cpu"]
 EAT = ["--attack=apgd", "--l_norms=Linf L1", "--at_iter=2"]
@@ -29,7 +30,9 @@ def weights(folder: Path, epoch: int) -> dict[str, torch.Tensor]:
 
 def test_eat_run_folder_metrics_and_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     folder = train.main([*TINY, *EAT, "--epochs=3", "--save_freq=2", "--notes_run=my note/7"])
-    assert folder.name == "digits_from-scratch_apgd_Linf-L1_seed0_my-note-7"
+    assert folder.name == (
+        "digits_from-scratch_apgd_Linf-L1_width-4_n_ex_train-150_batch_size-64_at_iter-2_epochs-3_seed0_my-note-7"
+    )
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
         "config.json",
@@ -79,7 +82,8 @@ def test_fine_tuning_evaluation_and_final_evaluation(capsys: pytest.CaptureFixtu
         [*flags, *EAT, "--final_eval", "--n_ex_final=12", "--eval_freq=2", "--n_ex_eval=10", "--eval_eps=0.5 4 30"]
     )
     config = json.loads((tuned / "config.json").read_text())
-    assert (config["epochs"], config["lr_max"], config["lr_schedule"], config["width"]) == (3, 0.05, "piecewise-ft", 4)
+    assert (config["epochs"], config["lr_max"], config["lr_schedule"]) == (3, 0.05, "piecewise-ft")
+    assert config["network"]["width"] == 4
     records = lines(tuned)
     assert [record["lr"] for record in records] == pytest.approx([0.05, 0.005, 0.0005])
     assert ["eval" in record for record in records] == [False, True, True]
@@ -158,13 +162,13 @@ def test_weights_that_are_not_finite_are_never_saved() -> None:
     assert not list(Path("runs").glob("*/ep_*"))
 
 
-@pytest.mark.parametrize("script", [train, eval_script])
-def test_help_says_each_flags_default(script, capsys) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("script", "config"), [(train, TrainConfig), (eval_script, EvalConfig)])
+def test_help_says_each_flags_default(script, config, capsys) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
     assert stop.value.code == 0
     assert "network:" in capsys.readouterr().out
-    for action in script.make_parser()._actions:
+    for action in make_parser(config, None)._actions:
         assert "(" in action.help or action.dest == "help" or action.help == "==SUPPRESS=="
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,11 @@ import models.preact_resnet as preact_resnet
 import train
 from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
-from attacks.multinorm import SCHEMES, Scheme, clean_batch, make_scheme
+from attacks.multinorm import SCHEMES, AdversarialBatch, Scheme, make_scheme
 from attacks.norms import NORMS
 from attacks.threat import RADII, Threat
 from data import Split, batches, load_dataset
 from models import build_model
-from training.metrics import EpochMetrics, NonFiniteGuard
 from utils.modules import AsyncScalars, eval_mode, no_param_grad
 from utils.precision import autocast_model, check_amp, set_up_torch
 
@@ -116,7 +116,7 @@ def test_set_up_sets_threads_and_what_suits_training() -> None:
 
 
 @pytest.mark.parametrize("norm", [None, *NORMS])
-def test_attack_update_and_meter_run_on_meta(norm: str | None) -> None:
+def test_attack_and_training_step_run_on_meta(norm: str | None) -> None:
     """Nothing there has a value: whatever waited for one would fail."""
     meta = torch.device("meta")
     with meta:
@@ -124,31 +124,35 @@ def test_attack_update_and_meter_run_on_meta(norm: str | None) -> None:
         x, y = torch.rand(8, 3, 12, 12), torch.zeros(8, dtype=torch.int64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    meter = EpochMetrics([], meta)
     if norm:
         with no_param_grad(model):
             x = apgd(model.eval(), x, y, Threat(norm, 0.5), 3).x_best
         model.train()
-    halves = [(clean_batch(part, 0), labels) for part, labels in zip(x.split(4), y.split(4), strict=True)]
-    sums = train.update(model, optimizer, scaler, Scheme([]), halves, grad_clip=1)
-    meter.observe(sums[1:].view(-1, 3), len(x), len(x))
-    assert (sums.device, sums.shape, meter.sums.device) == (meta, (4,), meta)
+    parts = zip(x.split(4), y.split(4), strict=True)
+    micro_batches = [(AdversarialBatch.clean(part, 0), labels) for part, labels in parts]
+    sums = train.forward_backward(model, Scheme([]), micro_batches, 1 / 8, scaler)
+    train.optimizer_step(optimizer, scaler, grad_clip=1)
+    assert (sums.device, sums.shape) == (meta, (4,))
 
 
-def test_an_update_in_fp16_scales_its_gradients() -> None:
+def test_a_step_in_fp16_scales_its_gradients() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     x, y = load_dataset("digits", "").train.first(32).pixels()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=5, enabled=True)
-    batch = [(clean_batch(x, 0), y)]
+    batch = [(AdversarialBatch.clean(x, 0), y)]
     half = autocast_model(model, CPU, "fp16")
-    losses = [float(train.update(half, optimizer, scaler, Scheme([]), batch)[0]) for _ in range(30)]
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(float(train.forward_backward(half, Scheme([]), batch, 1 / 32, scaler)[0]))
+        train.optimizer_step(optimizer, scaler, None)
     assert losses[-1] < losses[0] / 2
     assert scaler.get_scale() == 1024 * 2**6  # doubled after each five updates
 
 
-def test_a_number_on_its_way_is_not_changed_by_what_comes_after() -> None:
+def test_an_asynchronous_copy_is_not_changed_by_what_comes_after() -> None:
     value = torch.tensor(3)
     coming = AsyncScalars(value)
     value += 1
@@ -187,7 +191,7 @@ def test_training_never_waits_for_the_gpu(name: str) -> None:
         torch.amp.GradScaler(enabled=False),
         make_scheme(name, [Threat("Linf", 0.1), Threat("L1", 12)], [3, 3]),
     )
-    meter, watch = EpochMetrics(["Linf", "L1"], device), NonFiniteGuard(["Linf", "L1", "clean"])
+    outcomes: deque[AsyncScalars] = deque()
     split = Split(
         torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device=device),
         torch.zeros(64, dtype=torch.int64, device=device),
@@ -200,15 +204,15 @@ def test_training_never_waits_for_the_gpu(name: str) -> None:
         x, y = next(parts)
         torch.cuda.set_sync_debug_mode("error" if epoch else "default")
         for step, (x, y) in enumerate(parts):
-            drawn = scheme.draw(len(x), torch.Generator().manual_seed(step))
+            sampled = scheme.draw(len(x), step, torch.Generator().manual_seed(step))
             with eval_mode(model), no_param_grad(model):
-                points = scheme.points(model, x, y, drawn)
-            sums = train.update(model, optimizer, scaler, scheme, [(points, y)])
-            table = sums[1:].view(-1, 3)
-            meter.observe(table, len(x), len(x))
-            watch.observe("", torch.cat([sums[:1], table[:, 0]]), sums[0])
-            watch.look(all_but=1)
-            scheme.errors.observe(table[:-1, 1:])
+                adversarial = scheme.attack(model, x, y, sampled)
+            optimizer.zero_grad()
+            sums = train.forward_backward(model, scheme, [(adversarial, y)], 1 / len(x), scaler)
+            train.optimizer_step(optimizer, scaler, None)
+            outcomes.append(AsyncScalars(sums))
+            if len(outcomes) > 1:
+                outcomes.popleft().numbers()
     torch.cuda.set_sync_debug_mode("default")
 
 

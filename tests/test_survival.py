@@ -19,8 +19,9 @@ import torch
 
 import train
 import utils.resume
+from attacks.multinorm import SCHEMES
+from utils.checkpoint import newest_state, state_files
 from utils.run_folder import flat
-from utils.state import newest_state, state_files
 
 FLAGS = [
     *(
@@ -292,19 +293,28 @@ def test_tensorboards_curves_are_the_metrics(launch: Launch) -> None:
         assert len(expected) >= 3
 
 
-@pytest.mark.parametrize("step", ["000003", "000010"])
-def test_an_epochs_two_halves_are_gone_on_with(step: str, launch: Launch) -> None:
-    """Gradient projection, killed in the natural half of the second epoch or in its adversarial one."""
-    flags = [flag for flag in FLAGS if "ema" not in flag and "epochs" not in flag]
-    flags += ["--multinorm=ramp", "--gradient_projection", "--epochs=2"]
-    processes = [launch(*flags, f"--save_dir={name}") for name in ("undisturbed", "cut")]
-    wait_for("cut", f"state_0001_{step}-*.pth")
-    processes[1].kill()
-    for process in processes:
+PHASES = [*((name, ()) for name in SCHEMES), ("ramp", ("--gradient_projection",)), ("eat", ("--loss=trades",))]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "more"), PHASES, ids=lambda value: "".join(value) if isinstance(value, tuple) else value
+)
+def test_every_scheme_is_resumed(scheme: str, more: tuple[str, ...], launch: Launch) -> None:
+    """Killed in the second epoch; with gradient projection once in its standard half and once in its adversarial one."""
+    flags = [flag for flag in FLAGS if flag.partition("=")[0] not in ("--ema", "--epochs", "--eval_freq", "--l_norms")]
+    flags += [f"--multinorm={scheme}", "--epochs=2", "--n_ex_train=64", "--at_iter=2", *more]
+    steps = ["000001", "000006"] if "--gradient_projection" in more else ["000002"]
+    whole = launch(*flags, "--save_dir=whole")
+    for step in steps:
+        process = launch(*flags, f"--save_dir=cut{step}")
+        wait_for(f"cut{step}", f"state_0001_{step}-*.pth")
+        process.kill()
         process.join()
-    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
-    folder = train.main([f"--resume={the_run(Path('cut'))}"])
-    assert outcome(folder) == outcome(the_run(Path("undisturbed")))
+        assert process.exitcode == -signal.SIGKILL
+    whole.join()
+    for step in steps:
+        folder = train.main([f"--resume={the_run(Path(f'cut{step}'))}"])
+        assert outcome(folder) == outcome(the_run(Path("whole")))
 
 
 def test_a_complete_run_is_left_as_it_is(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,13 +341,15 @@ def test_resume_alone_takes_the_newest_run_of_this_command(half: Path, capsys: p
     assert (again, len(list(Path("half").iterdir()))) == (half, 2)
 
 
+@pytest.mark.parametrize("flag", ["model_name", "arch"])
 def test_code_that_a_run_folder_names_is_not_run_unasked(
-    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    half: Path, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("evil.py").write_text("import pathlib\npathlib.Path('was_here').touch()\n")
-    env = json.loads((half / "env.json").read_text())
-    env["command"] += ["--finetune_model", "--model_name=evil.py:make"]
-    (half / "env.json").write_text(json.dumps(env))
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(
+        json.dumps(config | {flag: "evil.py:make", "finetune_model": flag == "model_name"})
+    )
     refused(f"--resume={half}")
     assert "name that again" in capsys.readouterr().err
     assert not Path("was_here").exists()

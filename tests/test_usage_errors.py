@@ -57,7 +57,7 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--n_ex_train=99999"], "--n_ex_train", "1297"),
     ([*DIGITS, "--n_ex_eval=501", "--eval_freq=1"], "--n_ex_eval", "500"),
     ([*DIGITS, "--n_ex_final=501", "--final_eval"], "--n_ex_final", "500"),
-    ([*DIGITS, "--eval_eps=0.1 0.5"], "--eval_eps", "three"),
+    ([*DIGITS, "--eval_eps=0.1 0.5"], "--eval_eps", "one radius for each norm"),
     ([*DIGITS, "--model_name=net.pth"], "--model_name", "--finetune_model"),
     (["--dataset=mnist"], "--dataset", "digits"),
     (TUNE, "--finetune_model", "--model_name"),
@@ -123,7 +123,7 @@ EVAL_ERRORS = [
     (["--model_name=net.pth", "--attacks=pgd"], "--attacks", "standard"),
     (["--model_name=net.pth", "--baseline=absent.json"], "--baseline", "absent.json"),
     (["--model_name=net.pth", "--baseline=text.pth"], "--baseline", "not a JSON file"),
-    (["--model_name=net.pth", "--baseline=other.json"], "--baseline", "500 test points"),
+    (["--model_name=net.pth", "--baseline=other.json"], "--baseline", "500 test images"),
     (["--model_name=net.pth", "--batch_size_eval=x"], "--batch_size_eval", "whole number"),
 ]
 

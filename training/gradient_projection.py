@@ -1,13 +1,15 @@
-"""RAMP's gradient projection (arXiv 2402.06827): what an epoch of natural training teaches helps an epoch of adversarial training."""
+"""RAMP's gradient projection (arXiv 2402.06827): an epoch's adversarial update takes what agrees of a natural one."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 BETA = 0.5
+Phase = TypeVar("Phase")
 
 
 class GradientProjection:
@@ -18,22 +20,33 @@ class GradientProjection:
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, beta: float = BETA) -> None:
-        self.network, self.optimizer, self.beta = network, optimizer, beta  # the optimizer is the natural half's
+        self.network, self.optimizer, self.beta = network, optimizer, beta  # the natural half has its own momentum
         self.start: dict[str, Tensor] = {}
         self.natural: dict[str, Tensor] = {}
 
+    def halves(self, natural: Phase, adversarial: Phase, natural_done: bool) -> Iterator[Phase]:
+        """An epoch's two phases, or what is left of them; whoever takes them trains each for one pass over the data."""
+        if not self.start:
+            self.begin()
+        if not natural_done:
+            yield natural
+        if not self.natural:
+            self.switch()
+        yield adversarial
+        self.end()
+
     def begin(self) -> None:
-        """The epoch begins, with its natural half."""
+        """Before the natural half: remember the weights."""
         self.start, self.natural = _copy(self.network.state_dict()), {}
 
-    def turn(self) -> None:
-        """The natural half is over: back to the start, for the adversarial one."""
+    def switch(self) -> None:
+        """After the natural half: remember its result, go back to the epoch's start for the adversarial one."""
         self.natural = _copy(dict(self.network.named_parameters()))
         self.network.load_state_dict(self.start)
 
     @torch.no_grad()
     def end(self) -> None:
-        """Both are over: put the network's weights together."""
+        """After both: combine the two updates."""
         for name, weight in self.network.named_parameters():
             start = self.start[name]
             natural, adversarial = self.natural[name] - start, weight - start
@@ -46,7 +59,7 @@ class GradientProjection:
         return {"start": self.start, "natural": self.natural, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a `state_dict`."""
         device = next(self.network.parameters()).device
         self.start, self.natural = (
             {name: value.to(device) for name, value in state[part].items()} for part in ("start", "natural")

@@ -1,40 +1,11 @@
-"""Parameter groups, learning-rate schedules and averaged weights."""
+"""SGD with the published parameter groups, and averaged weights."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from itertools import accumulate
 
 from torch import nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-Schedule = Callable[[float], float]
-
-
-def lr_schedule(name: str, lr_max: float) -> Schedule:
-    """The schedule called `name`: progress in [0, 1) -> learning rate. Raises ValueError for an unknown name.
-
-    piecewise: /10 at 1/2 and 3/4; piecewise-ft: at 1/3 and 2/3; piecewise-a-b-...: spans in these proportions, /10 at each border;
-    superconverge: linear 0 -> lr_max over the first 2/5, then linear to 0.
-    """
-    if name == "superconverge":
-        return lambda progress: lr_max * min(progress / 0.4, (1 - progress) / 0.6)
-    milestones = _milestones(name)
-    return lambda progress: lr_max / 10 ** sum(progress >= milestone for milestone in milestones)
-
-
-def _milestones(name: str) -> list[float]:
-    if name == "piecewise":
-        return [1 / 2, 3 / 4]
-    if name == "piecewise-ft":
-        return [1 / 3, 2 / 3]
-    head, *spans = name.split("-")
-    if head == "piecewise" and spans and all(span.isdecimal() and int(span) > 0 for span in spans):
-        borders = list(accumulate(int(span) for span in spans))
-        return [border / borders[-1] for border in borders[:-1]]
-    raise ValueError(
-        f"unknown schedule {name!r}; choose piecewise, piecewise-ft, piecewise-A-B-... (as piecewise-70-10) or superconverge"
-    )
+from config import TrainConfig
 
 
 def parameter_groups(
@@ -68,3 +39,14 @@ def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         if not group.get("constant_lr"):
             group["lr"] = lr
+
+
+def sgd(config: TrainConfig, model: nn.Module) -> optim.SGD:
+    """SGD with momentum 0.9, with the parameter groups of training from scratch or of fine-tuning."""
+    lr, decay = config.lr_max or 0.0, config.weight_decay or 0.0
+    if config.finetune_model:
+        groups: list[dict[str, object]] = [{"params": list(model.parameters()), "weight_decay": decay}]
+    else:
+        groups = parameter_groups(model, lr, decay, config.lr_no_decay)
+    fused = next(model.parameters()).device.type == "cuda"
+    return optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)

@@ -1,13 +1,46 @@
-"""What both scripts' command lines share: flags with - or _, lists as strings with blanks, one-line usage errors."""
+"""Command lines from dataclasses: a flag for each field, - and _ alike, lists as strings with blanks, one-line usage errors."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import Field, field, fields
 from typing import Any, NoReturn
+
+
+class UsageError(ValueError):
+    """What is wrong with a flag, and what to do."""
+
+    def __init__(self, flag: str, message: object) -> None:
+        super().__init__(f"argument {flag}: {message}")
+
+
+@contextmanager
+def blame(flag: str) -> Iterator[None]:
+    """A ValueError or OSError raised inside becomes a UsageError of `flag`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UsageError(flag, error) from error
+
+
+@contextmanager
+def usage_errors(prog: str) -> Iterator[None]:
+    """A UsageError raised inside ends the program with one line and exit code 2."""
+    try:
+        yield
+    except UsageError as error:
+        _exit(prog, str(error))
+
+
+def _exit(prog: str, message: str) -> NoReturn:
+    print(f"{prog}: error: {' '.join(message.split())} (--help lists the flags)", file=sys.stderr)
+    raise SystemExit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,23 +50,44 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        one_line = " ".join(message.split())
-        print(f"{self.prog}: error: {one_line} (--help lists the flags)", file=sys.stderr)
-        raise SystemExit(2)
+        _exit(self.prog, message)
 
-    @contextmanager
-    def blame(self, flag: str) -> Iterator[None]:
-        """A ValueError or OSError raised inside becomes a usage error of `flag`."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(f"argument {flag}: {error}")
+
+def flag(
+    group: str, default: Any, text: str | Callable[[], str], kind: Callable[[str], Any] | None = None, **more: Any
+) -> Any:
+    """A dataclass field that is a flag of this group in --help; False as default makes a switch.
+
+    text: the help, which ends with the default in parentheses; (=) stands for it. kind: argparse's type.
+    more: `resumable` (may change when a run is resumed), `dashed` (--help spells it with -), and argparse's own arguments.
+    """
+    return field(default=default, metadata={"group": group, "help": text, "type": kind} | more)
+
+
+def add_fields(parser: argparse.ArgumentParser, config: type[Any], groups: Sequence[str]) -> None:
+    """A flag for each field of a dataclass, in these groups, without defaults: what is not given is not in the namespace."""
+    sections = {group: parser.add_argument_group(group) for group in groups}
+    for each in fields(config):
+        if "group" in each.metadata:
+            name, arguments = _argument(each)
+            add_flag(sections[each.metadata["group"]], name, **arguments)
+
+
+def _argument(each: Field[Any]) -> tuple[str, dict[str, Any]]:
+    """Name and argparse's arguments of a flag."""
+    arguments = {k: v for k, v in each.metadata.items() if k not in ("group", "resumable", "dashed") and v is not None}
+    arguments["default"] = argparse.SUPPRESS
+    if each.default is False:
+        arguments["action"] = "store_true"
+    shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+    text = arguments["help"]
+    arguments["help"] = (text() if callable(text) else text).replace("(=", f"({shown}").replace("%", "%%")
+    return "--" + (each.name.replace("_", "-") if each.metadata.get("dashed") else each.name), arguments
 
 
 def add_flag(group: Any, name: str, **kwargs: Any) -> None:
     """Add `--name` to an argparse group; its twin with - and _ exchanged is accepted too, and not listed in --help."""
-    bare = name.removeprefix("--")
-    dest = bare.replace("-", "_")
+    dest = name.removeprefix("--").replace("-", "_")
     group.add_argument(name, dest=dest, **kwargs)
     twins = {f"--{dest}", f"--{dest.replace('_', '-')}"} - {name}
     if twins:
@@ -64,7 +118,7 @@ def positive_float(text: str) -> float:
     return value
 
 
-def share_of_one(text: str) -> float:
+def fraction(text: str) -> float:
     """A number between 0 and 1, neither included."""
     value = _number(text)
     if not 0 < value < 1:
@@ -80,25 +134,21 @@ def natural_float(text: str) -> float:
     return value
 
 
-def float_list(text: str) -> list[float]:
+def floats(text: str) -> tuple[float, ...]:
     """Numbers above 0 with blanks between, also as fractions: '8/255 0.5 12'."""
-    return [positive_float(part) for part in _parts(text)]
+    return tuple(positive_float(part) for part in words(text))
 
 
-def int_list(text: str) -> list[int]:
+def ints(text: str) -> tuple[int, ...]:
     """Whole numbers of at least 1 with blanks between."""
-    return [positive_int(part) for part in _parts(text)]
+    return tuple(positive_int(part) for part in words(text))
 
 
-def word_list(text: str) -> list[str]:
+def words(text: str) -> tuple[str, ...]:
     """Words with blanks between."""
-    return _parts(text)
-
-
-def _parts(text: str) -> list[str]:
     if not text.split():
         raise argparse.ArgumentTypeError("give at least one value")
-    return text.split()
+    return tuple(text.split())
 
 
 def _number(text: str) -> float:

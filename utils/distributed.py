@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,16 +18,30 @@ from torch.nn.parallel import DistributedDataParallel
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Process:
+    """One of the `world_size` processes that torchrun started, and its device; alone it is rank 0 of 1."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Does this process write and print?"""
+        return self.rank == 0
+
+
 @contextmanager
-def processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """(rank, number of processes), joined by NCCL for CUDA and gloo otherwise; (0, 1) where torchrun did not start this process."""
+def process_group(device: torch.device) -> Iterator[Process]:
+    """This process, joined to the others by NCCL for CUDA and gloo otherwise where torchrun started it."""
     if "WORLD_SIZE" not in os.environ:
-        yield 0, 1
+        yield Process(device)
         return
-    # A process may wait long for one with harder points; if one dies, torchrun ends the others.
+    # A process may wait long for one with harder images; if one dies, torchrun ends the others.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
-        yield dist.get_rank(), dist.get_world_size()
+        yield Process(device, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
@@ -93,8 +108,8 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def no_sync_unless(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Inside, a `data_parallel` model's gradients stay with their process unless this is the last of the passes that add up."""
+def no_sync_unless(last: bool, model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, gradients of a `data_parallel` model are not reduced over the processes, unless it is the last micro-batch."""
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 

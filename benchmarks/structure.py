@@ -1,0 +1,121 @@
+"""Size of the code: lines per room, longest functions, functions with many parameters, complexity, and the files one batch visits.
+
+python benchmarks/structure.py [FOLDER]     FOLDER: another checkout of this repository (this one)
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = ("tests", "benchmarks")
+LIMITS = {"lines": 50, "parameters": 6, "complexity": 12}
+BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.With, ast.IfExp, ast.comprehension, ast.match_case)
+TRACE = """
+import sys, runpy
+from pathlib import Path
+root, seen = Path(sys.argv[1]).resolve(), set()
+sys.argv = ["train.py", *sys.argv[2:]]
+sys.path.insert(0, str(root))
+import train
+def profile(frame, event, arg):
+    if event == "call" and frame.f_code.co_filename.startswith(str(root)) and ".venv" not in frame.f_code.co_filename:
+        seen.add(frame.f_code.co_filename)
+close = getattr(train, "finish_epoch", None) or train.close_epoch
+def traced(function):
+    def call(*args):
+        sys.setprofile(profile)
+        try:
+            return function(*args)
+        finally:
+            sys.setprofile(None)
+    return call
+train.train_epoch = traced(train.train_epoch)
+setattr(train, close.__name__, traced(close))
+train.main()
+print("VISITED", *sorted(str(Path(file).relative_to(root)) for file in seen))
+"""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method, and how large it is."""
+
+    where: str
+    lines: int
+    parameters: int
+    complexity: int
+
+
+def sources(root: Path) -> list[Path]:
+    """The Python files that git tracks, without tests and benchmarks."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=root, capture_output=True, text=True, check=True).stdout
+    paths = [root / line for line in listed.split()]
+    return [path for path in paths if path.exists() and path.relative_to(root).parts[0] not in LEFT_OUT]
+
+
+def functions(root: Path) -> Iterator[Function]:
+    """All functions of the sources; lines without decorators, parameters without self and cls."""
+    for path in sources(root):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names = [arg.arg for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
+                parameters = len([name for name in names if name not in ("self", "cls")])
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                yield Function(f"{path.relative_to(root)}:{node.name}", lines, parameters, complexity(node))
+
+
+def complexity(node: ast.AST) -> int:
+    """Cyclomatic complexity: 1 and the branches, `and` and `or` included."""
+    inside = list(ast.walk(node))
+    operators = sum(len(each.values) - 1 for each in inside if isinstance(each, ast.BoolOp))
+    return 1 + sum(isinstance(each, BRANCHES) and not isinstance(each, ast.With) for each in inside) + operators
+
+
+def visited(root: Path) -> list[str]:
+    """The files whose functions run between the first batch of a digits run of E-AT and its checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--dataset=digits", "--width=4", "--n_ex_train=16", "--batch_size=16", "--epochs=1", "--device=cpu"]
+        flags += ["--attack=apgd", "--at_iter=2", f"--save_dir={folder}"]
+        command = [sys.executable, "-c", TRACE, str(root), *flags]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=dict(os.environ))
+    [line] = [line for line in run.stdout.splitlines() if line.startswith("VISITED")]
+    return line.split()[1:]
+
+
+def lines_of(paths: list[Path]) -> int:
+    """Lines of these files together."""
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+def main() -> None:
+    """Print the tables."""
+    root = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
+    rooms: dict[str, list[Path]] = {}
+    for path in sources(root):
+        rooms.setdefault(path.relative_to(root).parts[0], []).append(path)
+    for room, paths in sorted(rooms.items()):
+        print(f"{room:<16}{lines_of(paths):6d} lines  {len(paths):3d} files")
+    print(f"{'together':<16}{lines_of(sources(root)):6d} lines  {len(sources(root)):3d} files")
+    found = list(functions(root))
+    for name, limit in LIMITS.items():
+        over = sorted((f for f in found if getattr(f, name) > limit), key=lambda f: -getattr(f, name))
+        largest = max(getattr(f, name) for f in found)
+        print(f"functions with more than {limit} {name}: {len(over)}, the most {largest}")
+        for function in over:
+            print(f"    {getattr(function, name):4d}  {function.where}")
+    files = visited(root)
+    print(
+        f"one batch visits {len(files)} files of {lines_of([root / file for file in files])} lines: {' '.join(files)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""Every flag of train.py and eval.py, once: a field of a frozen configuration; the rules between flags; the published settings.
+
+A field reads: group in --help, default, help, type. `None` stands for a setting that depends on other flags: `resolved` fills in what
+the paper used (tables below), `completed` what is known only when the network and the data set are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import SUPPRESS
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from attacks.multinorm import SCHEMES, Option, Scheme, make_scheme
+from attacks.norms import NORMS
+from attacks.plan import ATTACKS, AttackPlan
+from attacks.threat import RADII, Threat, threats_for
+from data import DATASETS, Dataset, FolderSplit
+from models import Spec, build_model
+from models.preact_resnet import ACTIVATIONS
+from utils.cli import (
+    Parser,
+    UsageError,
+    add_fields,
+    add_flag,
+    blame,
+    flag,
+    floats,
+    fraction,
+    ints,
+    natural_float,
+    natural_int,
+    positive_float,
+    positive_int,
+    words,
+)
+from utils.precision import AMPS, Amp
+from utils.schedules import lr_schedule
+
+_net, _data, _opt = partial(flag, "network"), partial(flag, "data"), partial(flag, "optimization")
+_attack, _eval, _run = partial(flag, "attack"), partial(flag, "evaluation"), partial(flag, "run")
+GROUPS = ("network", "data", "optimization", "attack", "evaluation", "run")  # of --help
+LATEST = ""  # what --resume alone stands for: the newest run of this command
+
+
+def summaries() -> str:
+    """Help of --multinorm."""
+    return f"scheme for several norms: {'; '.join(f'{name} {each.summary}' for name, each in SCHEMES.items())} (eat)"
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Config:
+    """Flags of both scripts."""
+
+    model_dir: str = _net("./pretrained", "folder of pretr_* and RB_* files (=)", resumable=True)
+    data_dir: str = _data("./datasets", "folder that holds or gets CIFAR's folder, or holds train/ and val/ of images (=)", resumable=True)
+    image_size: int | None = _data(None, "height and width of imagefolder's and imagenet's images, in pixels (the network's, else 224)", positive_int)
+    l_eps: tuple[float, ...] | None = _attack(None, "a radius per norm, for pixels in [0, 1]; fractions too (the data set's)", floats)
+    batch_size_eval: int = _eval(250, "images attacked at once in an evaluation (=)", positive_int, resumable=True)
+    amp: Amp = _run("off", "bf16 or fp16 (CUDA only): forward passes under autocast; eval.py checks in float32 what breaks (=: float32)", choices=AMPS)  # noqa: RUF009
+    seed: int = _run(0, "of weights, order, augmentation, sampled norms; in eval.py of the random starts (=)", natural_int)
+    threads: int | None = _run(None, "CPU threads (PyTorch's choice: the cores)", positive_int, resumable=True)
+    device: str = _run("auto", "auto, cpu, cuda, cuda:N or mps (=: the best there is)", resumable=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """Flags of train.py."""
+
+    finetune_model: bool = _net(False, "start from --model_name instead of random weights (off)")
+    model_name: str | None = _net(None, "network to fine-tune: checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION (none)")
+    arch: str | None = _net(None, "preact-resnet18, wide-resnet-DEPTH-WIDTH (as wide-resnet-28-10) or FILE.py:FUNCTION (preact-resnet18, or the checkpoint's)")
+    act: str | None = _net(None, "activation (softplus1; wide-resnet: relu; or the checkpoint's)", choices=ACTIVATIONS)
+    width: int | None = _net(None, "channels of the preact-resnet18's first stage (64; digits: 16)", positive_int)
+
+    dataset: str = _data("cifar10", "data set (=)", choices=DATASETS)
+    workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", positive_int, resumable=True)
+    n_ex_train: int | None = _data(None, "train on the first so many examples (all)", positive_int)
+    extra_data: str | None = _data(None, "more training images: uncompressed npz with image and label, or Carmon et al.'s pickle (none)", resumable="same content")
+    extra_fraction: float | None = _data(None, "their share of each batch; an epoch stays one pass over the data set's own images (0.5)", fraction)
+    batch_size: int = _data(128, "mini-batch size, over all processes (=)", positive_int)
+    accumulate: int = _data(1, "gradient-accumulation steps per batch, for less memory (=)", positive_int)
+
+    epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", positive_int)
+    lr_schedule: str | None = _opt(None, "piecewise, piecewise-ft, piecewise-A-B-..., superconverge (piecewise-70-10; fine-tuning: piecewise-ft)", dashed=True)
+    lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning another network than the RN-18: 0.01, on imagenet 0.005, XCiT 1e-4)", positive_float, dashed=True)
+    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", natural_float)
+    lr_no_decay: float | None = _opt(None, "constant rate of biases and norm layers from scratch; 1.0 as published (follows the schedule)", positive_float)
+    grad_clip: float | None = _opt(None, "clip the gradient to this L2 norm (no limit)", positive_float)
+    ema: float | None = _opt(None, "also keep an exponential moving average of the weights, with this decay, as 0.999 (off)", fraction)
+    sync_bn: bool = _opt(False, "BatchNorm statistics over all processes, as SyncBatchNorm (off)")
+    loss: str = _opt("ce", "ce: cross-entropy; trades: clean cross-entropy and KL divergence to the adversarial output (=)", choices=["ce", "trades"])
+    trades_beta: float | None = _opt(None, "weight of TRADES' KL divergence (6)", positive_float)
+    init_epochs: int = _opt(0, "first epochs, of --epochs, with standard training (=)", natural_int)
+
+    attack: str | None = _attack(None, "train on adversarial examples of APGD (left out: standard training)", choices=["apgd"])
+    l_norms: tuple[str, ...] | None = _attack(None, "norms to train for, with blanks between ('Linf L1'; sat, avg, max, msd: 'Linf L2 L1')", words)
+    multinorm: str | None = _attack(None, summaries, choices=SCHEMES)
+    gradient_projection: bool = _attack(False, "RAMP's: each epoch is one of standard and one of adversarial training, whose updates are combined (off)")
+    at_iter: int | None = _attack(None, "attack steps, in every norm (10; fine-tuning on imagenet: 5, L1 15)", positive_int)
+    l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm (--at_iter)", ints)
+    scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
+
+    eval_freq: int = _eval(0, "every so many epochs, and after the last, APGD-CE with 100 steps; 0: never (=)", natural_int, resumable=True)
+    n_ex_eval: int = _eval(200, "training and test images for it (=)", positive_int, resumable=True)
+    final_eval: bool = _eval(False, "the standard evaluation of eval.py at the end (off)", resumable=True)
+    n_ex_final: int | None = _eval(None, "test images for it (1000, or all if there are fewer)", positive_int, resumable=True)
+    eval_norms: tuple[str, ...] = _eval(tuple(NORMS), "norms of both evaluations (=)", words)
+    eval_eps: tuple[float, ...] | None = _eval(None, "radii of both, in that order (those trained with, else the data set's)", floats)
+
+    save_dir: str = _run("./runs", "folder in which the run's folder is made (=)", resumable=True)
+    save_freq: int | None = _run(None, "epochs between checkpoints; the last is always saved (10; fine-tuning: 1)", positive_int, resumable=True)
+    resume: str | None = _run(None, "resume the run in this folder, its flags are known; without RUN: this command's newest run, if any (off)", nargs="?", const=LATEST, metavar="RUN", resumable=True)
+    save_every: float = _run(15.0, "minutes between saves of the training state within an epoch (=)", positive_float, resumable=True)
+    save_optim: bool = _run(False, "keep the optimizer's state in checkpoints (off)", resumable=True)
+    compile: bool = _run(False, "compile the network with torch.compile (off)")
+    tensorboard: bool = _run(False, "also write the metrics for TensorBoard, in RUN/tensorboard (off)", resumable=True)
+    notes_run: str = _run("", "a word for the run folder's name (none)")
+
+
+@dataclass(frozen=True)
+class EvalConfig(Config):
+    """Flags of eval.py."""
+
+    model_name: str | None = _net(None, "checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION[@CHECKPOINT] (needed)")
+    dataset: str | None = _data(None, "data set (the one the checkpoint was trained on, else cifar10)", choices=DATASETS)
+    n_ex: int | None = _data(None, "test images, the first ones (1000, or all if there are fewer)", positive_int)
+    l_norms: tuple[str, ...] = _attack(tuple(NORMS), "norms to attack in, with blanks between (=)", words)
+    attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=ATTACKS)
+    n_iter: int = _attack(100, "steps of each APGD run, at least 4 (=)", positive_int)
+    n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", positive_int)
+    n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", natural_int)
+    union_only: bool = _attack(False, "worst case alone: an example broken in one norm is not attacked in the others (off)")
+    curve: bool = _attack(False, "also accuracy at radii from 0 to 2 eps, one APGD-CE each (off)")
+    only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
+    save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
+    resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
+    baseline: str | None = _run(None, "another evaluation's eval.json: paired differences to it, on the same images (none)")
+    robustbench_json: bool = _run(False, "also the fields of RobustBench's model_info, a file per norm (off)")
+# fmt: on
+
+AnyConfig = TypeVar("AnyConfig", TrainConfig, EvalConfig)
+Rules = Sequence[tuple[str, Callable[[Any], Any], str]]
+NO_ATTACK = "without an attack it has no meaning, add --attack=apgd"
+
+# fmt: off
+TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
+    ("finetune_model", lambda c: c.finetune_model and not c.model_name, "name the network to start from with --model_name"),
+    ("model_name", lambda c: not c.finetune_model and c.model_name, "add --finetune_model to start from this network (training from scratch takes none)"),
+    ("width", lambda c: c.finetune_model and c.width, "a network to fine-tune has its own width, leave this flag out"),
+    ("lr_no_decay", lambda c: c.finetune_model and c.lr_no_decay, "fine-tuning decays all parameters alike, leave this flag out"),
+    ("multinorm", lambda c: not c.attack and c.multinorm, NO_ATTACK),
+    ("gradient_projection", lambda c: not c.attack and c.gradient_projection, NO_ATTACK),
+    ("init_epochs", lambda c: not c.attack and c.init_epochs, NO_ATTACK),
+    ("loss", lambda c: not c.attack and c.loss != "ce", NO_ATTACK),
+    ("init_epochs", lambda c: c.init_epochs and c.gradient_projection, "with --gradient_projection half of every epoch is standard training, leave this flag out"),
+    ("trades_beta", lambda c: c.trades_beta and c.loss != "trades", "add --loss=trades, whose weight it is"),
+    ("ema", lambda c: c.ema and c.gradient_projection, "with --gradient_projection weights are combined once an epoch, leave this flag out"),
+    ("tensorboard", lambda c: c.tensorboard and find_spec("tensorboard") is None, "the package is missing: pip install tensorboard"),
+    ("extra_fraction", lambda c: c.extra_fraction and not c.extra_data, "name the file of extra images with --extra_data"),
+    ("batch_size", lambda c: c.extra_data and c.batch_size == 1, "with --extra_data a batch has two images or more, one of each kind"),
+)
+EVAL_RULES: Rules = (
+    ("model_name", lambda c: not c.model_name, "name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth"),
+    ("n_iter", lambda c: c.n_iter < 4, "L1 is attacked in three stages, give at least 4 steps"),
+    ("robustbench_json", lambda c: c.robustbench_json and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
+    ("curve", lambda c: c.curve and c.union_only, "it needs each norm's accuracy, which --union_only leaves out; give one of them"),
+)
+# fmt: on
+
+# Settings of arXiv 2105.12508, section 5 and appendix A, where a flag is left out.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "from scratch": {"epochs": 80, "lr_schedule": "piecewise-70-10", "weight_decay": 5e-4, "save_freq": 10},
+    "fine-tuning": {"epochs": 3, "lr_schedule": "piecewise-ft", "weight_decay": 5e-4, "save_freq": 1},
+    "fine-tuning on imagenet": {"epochs": 1, "lr_schedule": "piecewise-ft", "weight_decay": 1e-4, "save_freq": 1},
+}
+STEPS = {"imagenet": {"Linf": 5, "L2": 5, "L1": 15}}  # of the attack in fine-tuning; elsewhere 10
+
+
+def mode_of(config: TrainConfig) -> str:
+    """The key in PUBLISHED."""
+    if not config.finetune_model:
+        return "from scratch"
+    return "fine-tuning on imagenet" if config.dataset == "imagenet" else "fine-tuning"
+
+
+def check(config: Any, rules: Rules) -> None:
+    """Raises UsageError for the first rule that is broken."""
+    for name, wrong, advice in rules:
+        if wrong(config):
+            raise UsageError(f"--{name}", advice)
+
+
+def filled(config: AnyConfig, settings: Mapping[str, Any]) -> AnyConfig:
+    """The configuration with these settings where it has None."""
+    return replace(config, **{name: value for name, value in settings.items() if getattr(config, name) is None})
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with the published setting for each flag left out. Raises UsageError for flags that don't fit together."""
+    check(config, TRAIN_RULES)
+    config = filled(_with_network(config), PUBLISHED[mode_of(config)])
+    assert config.epochs is not None
+    assert config.lr_schedule is not None
+    if config.init_epochs > config.epochs:
+        raise UsageError("--init_epochs", f"there are {config.epochs} epochs in all")
+    with blame("--lr-schedule"):
+        lr_schedule(config.lr_schedule, 1.0)
+    config = _with_attack(config)
+    with blame("--multinorm" if config.loss == "ce" else "--loss"):
+        scheme_of(config)
+    return _with_evaluation(config)
+
+
+def _with_network(config: TrainConfig) -> TrainConfig:
+    """--arch, --act and --width; the network of --finetune_model has its own."""
+    if config.arch:
+        with blame("--arch"), torch.device("meta"):
+            build_model(config.arch)
+    if config.width and config.arch not in (None, "preact-resnet18"):
+        raise UsageError("--width", f"{config.arch} says its width itself, leave this flag out")
+    if config.finetune_model:
+        return config
+    config = filled(config, {"arch": "preact-resnet18"})
+    if config.arch != "preact-resnet18":
+        return filled(config, {"act": "relu"})
+    return filled(config, {"act": "softplus1", "width": 16 if config.dataset == "digits" else 64})
+
+
+def _with_attack(config: TrainConfig) -> TrainConfig:
+    """Norms, radii, steps and the scheme's options."""
+    scheme = SCHEMES[config.multinorm or "eat"]
+    config = filled(config, {"multinorm": scheme.name if config.attack else None, "l_norms": scheme.norms})
+    norms = config.l_norms or ()
+    with blame("--l_norms"):
+        threats_for(config.dataset, norms)
+    with blame("--l_eps"):
+        config = replace(config, l_eps=tuple(t.eps for t in threats_for(config.dataset, norms, config.l_eps)))
+    steps: dict[str, int] = (
+        {} if scheme.same_n_iter or mode_of(config) != "fine-tuning on imagenet" else STEPS["imagenet"]
+    )
+    config = filled(config, {"l_iters": tuple(config.at_iter or steps.get(norm, 10) for norm in norms)})
+    config = filled(config, {"at_iter": 10, "trades_beta": 6.0 if config.loss == "trades" else None})
+    if len(config.l_iters or ()) != len(norms):
+        got = f"{len(norms)}; got {len(config.l_iters or ())}"
+        raise UsageError("--l_iters", f"one number of steps for each norm is needed, {got}")
+    for other in SCHEMES.values():
+        for option in other.options:
+            if other is not scheme and option not in scheme.options and option.name in config.scheme_options:
+                raise UsageError(f"--{option.name}", f"add --multinorm={other.name}, whose flag it is")
+    defaults = {o.name: o.fine_tuning if config.finetune_model else o.from_scratch for o in scheme.options}
+    return replace(config, scheme_options=defaults | dict(config.scheme_options))
+
+
+def _with_evaluation(config: TrainConfig) -> TrainConfig:
+    """Radii of the evaluations."""
+    with blame("--eval_norms"):
+        threats_for(config.dataset, config.eval_norms)
+    if config.eval_eps is None:
+        trained = dict(zip(config.l_norms or (), config.l_eps or (), strict=True)) if config.attack else {}
+        radii: dict[str, float] = {**RADII[config.dataset], **trained}  # type: ignore[dict-item]
+        config = replace(config, eval_eps=tuple(radii.get(norm, 1.0) for norm in config.eval_norms))
+    with blame("--eval_eps"):
+        threats_for(config.dataset, config.eval_norms, config.eval_eps)
+    return config
+
+
+def scheme_of(config: TrainConfig) -> Scheme:
+    """The scheme that a resolved configuration names. Raises ValueError."""
+    if not config.attack:
+        return Scheme([])
+    threats = training_threats(config)
+    return make_scheme(
+        config.multinorm or "eat", threats, config.l_iters or (), config.scheme_options, config.trades_beta
+    )
+
+
+def training_threats(config: TrainConfig) -> list[Threat]:
+    """Of a resolved configuration."""
+    return threats_for(config.dataset, config.l_norms or (), config.l_eps)
+
+
+def evaluation_threats(config: TrainConfig) -> list[Threat]:
+    """Of a resolved configuration."""
+    return threats_for(config.dataset, config.eval_norms, config.eval_eps)
+
+
+def completed(config: TrainConfig, spec: Spec, dataset: Dataset) -> TrainConfig:
+    """A resolved configuration with what only the loaded network and data set tell. Raises UsageError for what they don't allow."""
+    of_files = isinstance(dataset.train, FolderSplit)
+    if config.image_size and not of_files:
+        raise UsageError("--image_size", f"the images of {config.dataset} have one size, leave this flag out")
+    for name, asked, there in (
+        ("--n_ex_train", config.n_ex_train, len(dataset.train)),
+        ("--n_ex_eval", config.n_ex_eval if config.eval_freq else 1, min(len(dataset.train), len(dataset.test))),
+        ("--n_ex_final", config.n_ex_final, len(dataset.test)),
+    ):
+        if asked and asked > there:
+            raise UsageError(name, f"{config.dataset} has {there} such images, {asked} were asked for")
+    settings = {
+        "image_size": dataset.shape[1] if of_files else None,
+        "n_ex_train": len(dataset.train),
+        "n_ex_final": min(1000, len(dataset.test)),
+        "lr_max": _lr_max(config, spec),
+        "extra_fraction": 0.5 if config.extra_data else None,
+    }
+    return filled(config, settings)
+
+
+def _lr_max(config: TrainConfig, spec: Spec) -> float:
+    """The published peak learning rate."""
+    if mode_of(config) == "fine-tuning on imagenet":
+        return 1e-4 if "xcit" in (config.model_name or "").lower() else 0.005
+    return 0.01 if config.finetune_model and spec.get("arch") != "preact-resnet18" else 0.05
+
+
+def check_processes(config: TrainConfig, world_size: int) -> None:
+    """Raises UsageError unless each micro-batch of each process gets two images: BatchNorm may fail on one."""
+    if world_size > 1 and (config.n_ex_train or 0) < 2 * world_size:
+        raise UsageError("--n_ex_train", f"{world_size} processes need two images each, got {config.n_ex_train}")
+    least = 2 * world_size * config.accumulate
+    if least > 2 and config.batch_size < least:
+        raise UsageError(
+            "--batch_size",
+            f"{world_size} processes with --accumulate={config.accumulate} need two images for each micro-batch, "
+            f"{least} in all; got {config.batch_size}",
+        )
+
+
+def checked_eval(config: EvalConfig) -> EvalConfig:
+    """The configuration itself. Raises UsageError for flags that don't fit together."""
+    check(config, EVAL_RULES)
+    with blame("--l_norms"):
+        threats_for("cifar10", config.l_norms)
+    with blame("--l_eps"):
+        threats_for("cifar10", config.l_norms, config.l_eps)
+    with blame("--attacks"):
+        for norm in config.l_norms:
+            AttackPlan(config.attacks).runs(norm, num_classes=2)
+    return config
+
+
+def make_parser(config: type[Config], description: str | None) -> Parser:
+    """The command line of train.py (TrainConfig) or eval.py (EvalConfig)."""
+    parser = Parser(prog="train.py" if config is TrainConfig else "eval.py", description=description)
+    add_fields(parser, config, GROUPS)
+    if config is TrainConfig:
+        group = parser.add_argument_group("options of --multinorm")
+        for name, option in _options().items():
+            text = f"{option.help} ({option.from_scratch:g}; fine-tuning: {option.fine_tuning:g})"
+            add_flag(group, f"--{name}", type=natural_float, default=SUPPRESS, help=text)
+    return parser
+
+
+def flags_given(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The flags on a command line, by field. Usage errors end the program."""
+    flags = vars(parser.parse_args(argv))
+    options = {name: flags.pop(name) for name in _options() if name in flags}
+    return flags | ({"scheme_options": options} if options else {})
+
+
+def _options() -> dict[str, Option]:
+    return {option.name: option for scheme in SCHEMES.values() for option in scheme.options}
+
+
+def config_json(config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json holds: every flag by name, `asked`, those on the command line, and facts about what was loaded."""
+    flags = {each.name: getattr(config, each.name) for each in fields(config) if each.name != "scheme_options"}
+    return {**flags, **config.scheme_options, **facts, "asked": dict(asked)}
+
+
+def loaded_facts(spec: Spec, dataset: Dataset) -> dict[str, Any]:
+    """What a resumed run has to find again: its network, and the content of its extra images."""
+    return {"network": dict(spec)} | ({"extra_content": dataset.extra.content} if dataset.extra else {})
+
+
+def config_from_json(content: Mapping[str, Any], folder: Path) -> TrainConfig:
+    """The configuration that `config_json` wrote. Raises ValueError if another version did."""
+    names = {each.name for each in fields(TrainConfig)} - {"scheme_options"}
+    if not {*names, "asked"} <= content.keys():
+        raise ValueError(f"{folder / 'config.json'} was written by another version of train.py")
+    return TrainConfig(
+        **{name: _value(content[name]) for name in names},
+        scheme_options={name: content[name] for name in _options() if name in content},
+    )
+
+
+def _value(content: Any) -> Any:
+    """JSON has lists where a configuration has tuples."""
+    return tuple(content) if isinstance(content, list) else content
+
+
+def resumed(saved: TrainConfig, asked: Mapping[str, Any], folder: Path) -> TrainConfig:
+    """The saved configuration with the flags of a new command. Raises ValueError where they would change the weights.
+
+    Code that only the run's files name is not run: a FILE.py has to be named by the new command too.
+    """
+    for name in ("model_name", "arch"):
+        code = getattr(saved, name)
+        if code and CODE.fullmatch(code) and asked.get(name) != code:
+            raise ValueError(f"its network is made by code, name that again: --{name}='{code}'")
+    different = [name for name in asked if name not in RESUMABLE and asked[name] != getattr(saved, name)]
+    if different:
+        raise ValueError(f"{folder} was started with another {', '.join(different)}: leave it as it was")
+    return replace(saved, **asked)
+
+
+def same_command(asked: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Do two command lines ask for the same training?"""
+    one, other = (
+        json.dumps({k: v for k, v in asdict(TrainConfig(**flags)).items() if RESUMABLE.get(k) is not True})
+        for flags in (asked, others)
+    )
+    return one == other
+
+
+CODE = re.compile(r".+\.py:\w+(@.+)?")  # a network that is made by a file of Python
+RESUMABLE = {each.name: each.metadata["resumable"] for each in fields(TrainConfig) if each.metadata.get("resumable")}
+IN_RUN_NAME = {
+    "dataset",
+    "finetune_model",
+    "model_name",
+    "arch",
+    "attack",
+    "multinorm",
+    "l_norms",
+    "loss",
+    "seed",
+    "notes_run",
+}
+
+
+def differences(config: TrainConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not the default."""
+    plain = TrainConfig(**{name: value for name, value in asked.items() if name in IN_RUN_NAME})
+    defaults = asdict(resolved(plain))
+    options: dict[str, Any] = dict(asked.get("scheme_options", {}))
+    names = [name for name in asked if name != "scheme_options" and getattr(config, name) != defaults[name]]
+    return {name: getattr(config, name) for name in names} | options
+
+
+def run_name(config: TrainConfig, asked: Mapping[str, Any]) -> list[str]:
+    """The parts of a run folder's name: what is not the default, the seed and --notes_run."""
+    start = (
+        f"from-{Path(config.model_name or '').name.removesuffix('.pth')}" if config.finetune_model else "from-scratch"
+    )
+    arch = "" if config.finetune_model or config.arch == "preact-resnet18" else Path(config.arch or "").name
+    scheme = config.multinorm if config.attack and config.multinorm != "eat" else ""
+    norms = "-".join(config.l_norms or ()) if config.attack else "no-attack"
+    loss = config.loss if config.loss != "ce" else ""
+    others = {k: v for k, v in differences(config, asked).items() if k not in IN_RUN_NAME and k not in RESUMABLE}
+    more = [f"{name}-{_short(value)}" for name, value in others.items()]
+    parts = [
+        config.dataset,
+        start,
+        arch,
+        config.attack,
+        scheme,
+        norms,
+        loss,
+        *more,
+        f"seed{config.seed}",
+        config.notes_run,
+    ]
+    return [part for part in parts if part]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

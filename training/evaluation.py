@@ -1,0 +1,65 @@
+"""Evaluations during and after training."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attacks.evaluator import Examples
+from attacks.plan import AttackPlan
+from attacks.results import Evaluation, table
+from config import evaluation_threats
+from data import FolderSplit, Split
+from evaluation.evaluate import EvaluationOptions, evaluate
+from evaluation.statistics import evaluation_json
+from training.trainer import Trainer
+from utils.distributed import barrier, run_on_rank0
+from utils.modules import eval_mode, no_param_grad
+from utils.precision import full_precision
+from utils.run_folder import emptied, environment, write_json
+
+
+def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
+    """Accuracy on the first training and test images under APGD-CE with 100 steps (an upper bound)."""
+    figures = {}
+    for name, split in {"train": trainer.dataset.train, "test": trainer.dataset.test}.items():
+        # Several processes meet in a folder of their own, which is gone after.
+        several = trainer.process.world_size > 1
+        folder = run_on_rank0(lambda: emptied(trainer.folder / "eval")) if several else None
+        plan = AttackPlan("fast", seed=trainer.config.seed)
+        figures[name] = evaluated(trainer, model, split.first(trainer.config.n_ex_eval), plan, folder).accuracies()
+        barrier()
+        if folder and trainer.process.is_first:
+            shutil.rmtree(folder)
+    return figures
+
+
+def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
+    """The standard evaluation, printed and saved in the run's folder; what an earlier process of the run has done of it is kept."""
+    start, config = time.time(), trainer.config
+    folder = trainer.folder / suffix.removeprefix("_")
+    run_on_rank0(lambda: folder.mkdir(exist_ok=True))
+    test, plan = trainer.dataset.test.first(config.n_ex_final or 0), AttackPlan(seed=config.seed)
+    result = evaluated(trainer, model, test, plan, folder)
+    if trainer.process.is_first:
+        about = {"seconds": round(time.time() - start, 1), "settings": asdict(config)}
+        content = evaluation_json(result) | about | {"environment": environment(trainer.process.device)}
+        write_json(trainer.folder / f"eval{suffix}.json", content)
+        title = f"averaged, {config.ema}" if suffix else ""
+        print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
+
+
+def evaluated(
+    trainer: Trainer, model: nn.Module, split: Split | FolderSplit, plan: AttackPlan, folder: Path | None
+) -> Evaluation:
+    """An evaluation in --eval_norms with the radii of --eval_eps, its images shared out over the processes."""
+    read = split.in_memory()
+    examples = Examples(read.images, read.labels, read.levels)
+    options = EvaluationOptions(trainer.process, trainer.config.batch_size_eval)
+    with full_precision(), eval_mode(model), no_param_grad(model), trainer.signals.at_once():
+        return evaluate(model, examples, evaluation_threats(trainer.config), plan, options, folder)

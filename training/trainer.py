@@ -1,0 +1,217 @@
+"""Trainer: a run's model, scheme, optimizer, metrics and training state. The loop over its batches is in train.py."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attacks.multinorm import AdversarialBatch, Scheme
+from config import TrainConfig, scheme_of
+from data import Dataset, batches, mix, number_of_batches, on_device
+from models import Spec
+from training.gradient_projection import GradientProjection
+from training.metrics import EpochMetrics, NonFiniteGuard
+from training.optim import averaged, sgd
+from utils.checkpoint import CheckpointManager, Stateful
+from utils.distributed import Process, all_reduce_sum, average_buffers, data_parallel, no_sync_unless, sync_batchnorm
+from utils.modules import AsyncScalars, eval_mode, generator, no_param_grad
+from utils.precision import autocast_model
+from utils.schedules import lr_schedule
+from utils.signals import Interrupted, Signals
+
+Phase = tuple[Scheme, torch.optim.Optimizer]
+MicroBatches = list[tuple[AdversarialBatch, Tensor]]  # adversarial examples and labels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process' part of a mini-batch."""
+
+    index: int  # in its pass over the data, from 0
+    x: Tensor  # (B, C, H, W) in [0, 1]
+    y: Tensor  # (B,)
+    size: int  # of the whole mini-batch, over all processes
+
+
+class Trainer:
+    """What a training run consists of. `epoch` and `step` count what is done: the next is step `step` of epoch `epoch`, from 0.
+
+    `attacked` is the model as the attack calls it, `trained` as the training step calls it (data-parallel, under autocast);
+    calls of both are counted.
+    """
+
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, network: tuple[nn.Module, Spec], process: Process, signals: Signals
+    ) -> None:
+        device, (model, spec) = process.device, network
+        self.config, self.dataset, self.process, self.signals = config, dataset, process, signals
+        self.model = sync_batchnorm(model, device) if config.sync_bn else model
+        self.scheme = scheme_of(config)
+        self.data = on_device(training_data(config, dataset), device)
+        self.batches_per_pass = number_of_batches(len(self.data), config.batch_size, process.world_size)
+        self.lr_at = lr_schedule(config.lr_schedule or "", config.lr_max or 0.0)
+        self.optimizer = sgd(config, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.ema = averaged(self.model, config.ema) if config.ema else None
+        self.projection = (
+            GradientProjection(self.model, sgd(config, self.model)) if config.gradient_projection else None
+        )
+        self.metrics = EpochMetrics([threat.norm for threat in self.scheme.threats])
+        self.guard = NonFiniteGuard([*map(str, self.scheme.threats), "clean"])
+        self._wrap_model()
+        self.about: dict[str, Any] = {"spec": spec, "dataset": config.dataset}
+        self.about["threats"] = {threat.norm: threat.eps for threat in self.scheme.threats}
+        self.about |= {"image_size": config.image_size} if config.image_size else {}
+        self.epoch = self.step = 0
+        self._pending: deque[tuple[str, AsyncScalars]] = deque()  # steps whose outcome is not on the host yet
+        self._stop = False  # was a process asked to end?
+
+    def _wrap_model(self) -> None:
+        """Around the model: compilation, data parallelism, autocast, counters."""
+        config, device = self.config, self.process.device
+        compiled: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        parallel = data_parallel(compiled, device)
+        self.attacked = self.metrics.passes.count(autocast_model(compiled, device, config.amp), trains=False)
+        self.trained = self.metrics.passes.count(autocast_model(parallel, device, config.amp), trains=True)
+        self.no_sync_unless = partial(no_sync_unless, model=parallel)
+
+    def store_in(self, folder: Path) -> None:
+        """Keep the run's files in this folder."""
+        parts: dict[str, Stateful] = {"optimizer": self.optimizer, "scaler": self.scaler, "metrics": self.metrics}
+        parts |= {"scheme": self.scheme}
+        parts |= {"ema": self.ema} if self.ema else {}
+        parts |= {"projection": self.projection} if self.projection else {}
+        self.folder = folder
+        self.checkpoints = CheckpointManager(
+            folder, self.model, self.about, parts, 60 * self.config.save_every, self.process.is_first
+        )
+
+    @property
+    def phases_per_epoch(self) -> int:
+        """Passes over the data in an epoch."""
+        return 2 if self.projection else 1
+
+    def phases(self) -> Iterator[Phase]:
+        """What is left of the epoch: the scheme and optimizer of each pass over the data."""
+        standard = Scheme(self.scheme.threats)
+        if not self.projection:
+            yield standard if self.epoch < self.config.init_epochs else self.scheme, self.optimizer
+            return
+        natural, adversarial = (standard, self.projection.optimizer), (self.scheme, self.optimizer)
+        yield from self.projection.halves(natural, adversarial, natural_done=self.step >= self.batches_per_pass)
+
+    def batches(self) -> Iterator[Batch]:
+        """What is left of the pass over the data. The index is the batch's own: a loader may read ahead of the steps."""
+        config, first = self.config, self.step % self.batches_per_pass
+        rank = self.process.rank, self.process.world_size
+        found = batches(
+            self.data, config.batch_size, config.seed, self.epoch, self.process.device, first, rank, config.workers
+        )
+        bar = tqdm(
+            found,
+            total=self.batches_per_pass,
+            initial=first,
+            desc=f"epoch {self.epoch + 1}/{config.epochs}",
+            leave=False,
+            disable=None if self.process.is_first else True,
+        )
+        for index, (x, y) in enumerate(bar, start=first):
+            yield Batch(index, x, y, min(config.batch_size, len(self.data) - index * config.batch_size))
+
+    def attack(self, scheme: Scheme, batch: Batch) -> MicroBatches:
+        """The scheme's adversarial examples, in micro-batches; the model in eval mode, its parameters without gradients."""
+        rank, world_size = self.process.rank, self.process.world_size
+        epoch_steps = self.phases_per_epoch * self.batches_per_pass
+        draws = generator(self.config.seed, self.epoch, self.step)
+        sampled = scheme.draw(batch.size, self.epoch * epoch_steps + self.step, draws).tensor_split(world_size)[rank]
+        number = min(self.config.accumulate, max(batch.size // (2 * world_size), 1))
+        parts = zip(*(part.tensor_split(number) for part in (batch.x, batch.y, sampled)), strict=True)
+        # A signal may end the attack at once where no other process waits for this one.
+        at_once = self.signals.at_once() if world_size == 1 else nullcontext()
+        with eval_mode(self.model), no_param_grad(self.model), at_once:
+            return [(scheme.attack(self.attacked, *part), part[1]) for part in parts]
+
+    def progress(self, batch: Batch) -> float:
+        """Share of the training that is done before this batch, in [0, 1): what the schedule depends on."""
+        done = self.epoch * self.batches_per_pass + batch.index
+        return done / ((self.config.epochs or 1) * self.batches_per_pass)
+
+    def before_step(self) -> None:
+        """Learn the outcome of all steps but the last; save the state when that is due. Raises Interrupted, NonFiniteError."""
+        self._collect(all_but=1)
+        if self.process.world_size == 1:
+            self.signals.check()
+        elif self._stop:  # all processes know it after the same step
+            raise Interrupted(self.signals.received or signal.SIGTERM)
+        if self.checkpoints.due():
+            self.save()
+
+    def after_step(self, sums: Tensor, batch: Batch) -> None:
+        """Buffers, averages and metrics after a training step that gave these sums."""
+        if not self.config.sync_bn:
+            average_buffers(self.model)
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        stop = torch.full((1,), float(self.signals.received is not None), device=sums.device)
+        outcome = AsyncScalars(all_reduce_sum(torch.cat([sums, stop])))
+        self._pending.append((f"batch {batch.index + 1} of epoch {self.epoch + 1}", outcome))
+        self.metrics.count_step(batch.size, len(batch.x))
+        self.step += 1
+
+    def _collect(self, all_but: int = 0) -> None:
+        """Take the outcome of the steps but the last so many; waits for the device if it has not finished them."""
+        while len(self._pending) > all_but:
+            step, scalars = self._pending.popleft()
+            loss, *table, stop = scalars.numbers()
+            rows = torch.tensor(table).view(-1, 3)
+            self.guard.check(step, loss, rows[:, 0].tolist())
+            self._stop |= stop > 0
+            self.metrics.observe(rows)
+            self.scheme.observe(rows[:-1, 1].tolist(), rows[:-1, 2].tolist())
+
+    def epoch_record(self) -> dict[str, Any]:
+        """The finished epoch's line of metrics.jsonl. Raises NonFiniteError."""
+        self._collect()
+        return self.metrics.record(self.epoch + 1, self.optimizer.param_groups[0]["lr"], self.scheme.errors.rates())
+
+    def next_epoch(self) -> None:
+        """Count an epoch that is over, and save the state."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self.metrics.reset()
+        self.save()
+
+    def save(self) -> None:
+        """Save the training state, once all steps are known to be finite. Raises NonFiniteError, OSError."""
+        pending = []
+        for step, scalars in self._pending:
+            loss, *table, _ = scalars.numbers()
+            self.guard.check(step, loss, table[::3])
+            pending.append((step, [loss, *table, 0.0]))  # whoever resumes was not asked to stop
+        self.checkpoints.save(self.epoch, self.step, {"pending": pending})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from a saved state."""
+        self.checkpoints.restore(state)
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._pending = deque((step, AsyncScalars(torch.tensor(numbers))) for step, numbers in state["pending"])
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The trained network and, with --ema, the averaged one, by the suffix of their files."""
+        return {"": self.model} | ({"_ema": self.ema.module} if self.ema else {})
+
+
+def training_data(config: TrainConfig, dataset: Dataset) -> Any:
+    """The images to train on, mixed with the extra ones if there are any."""
+    return mix(
+        dataset.train.first(config.n_ex_train or 0), dataset.extra, config.batch_size, config.extra_fraction or 0.0
+    )
