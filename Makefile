@@ -1,31 +1,38 @@
 # make demo: Linf-robust digits, before and after E-AT fine-tuning.   make test: lint, types, tests.   make bench: speed.
-# Each sets itself up.
+# Each sets itself up in .venv. A CPU build of torch, which is smaller: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PY := .venv/bin/python
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+CODE := attacks evaluation training models utils config.py data.py train.py eval.py plot.py benchmarks examples
 
 .PHONY: demo test test-slow bench lint clean
 
-.venv/.done: requirements-tested.txt
+.venv/.run: requirements-tested.txt
+	@echo "installing into .venv: about 5.6 GB with torch's CUDA build on Linux, downloaded once (make's first lines: a CPU build)"
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet -r requirements-tested.txt
+	$(PY) -m pip install --quiet $(INDEX) -r requirements-tested.txt
 	touch $@
 
-demo: .venv/.done
-	$(PY) benchmarks/demo.py
+.venv/.dev: .venv/.run requirements-dev.txt
+	$(PY) -m pip install --quiet $(INDEX) -r requirements-dev.txt
+	touch $@
 
-lint: .venv/.done
+demo: .venv/.run
+	@$(PY) benchmarks/demo.py
+
+lint: .venv/.dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/typos
-	$(PY) -m mypy attacks evaluation training models utils config.py data.py train.py eval.py plot.py benchmarks
+	$(PY) -m mypy $(CODE)
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 --dist=loadfile  # threads of two processes would wait for each other
 
-test-slow: .venv/.done  # minutes: robust accuracy against pyautoattack's
+test-slow: .venv/.dev  # minutes: robust accuracy against pyautoattack's
 	$(PY) -m pytest -m slow
 
-.venv/.libraries: .venv/.done benchmarks/requirements.txt
+.venv/.libraries: .venv/.dev benchmarks/requirements.txt
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .venv/libraries -r benchmarks/requirements.txt
 	touch $@
 

@@ -12,6 +12,10 @@ L1 after a brief run of a fifth of the steps at the radius itself.
 
 from __future__ import annotations
 
+import utils.installed  # noqa: F401
+
+# isort: split
+
 import hashlib
 import json
 import time

@@ -10,6 +10,10 @@ EMA: averaged weights, where a run has figures of theirs (eval_ema). Bands (test
 
 from __future__ import annotations
 
+import utils.installed  # noqa: F401
+
+# isort: split
+
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence

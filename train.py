@@ -13,6 +13,10 @@ Without --attack the training is standard: no adversarial examples.
 
 from __future__ import annotations
 
+import utils.installed  # noqa: F401
+
+# isort: split
+
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,17 @@ def test_help_says_each_flags_default(script, config, capsys) -> None:  # type: 
     assert "network:" in capsys.readouterr().out
     for action in make_parser(config, None)._actions:
         assert "(" in action.help or action.dest == "help" or action.help == "==SUPPRESS=="
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "plot.py"])
+def test_without_its_packages_a_script_says_one_line(script: str) -> None:
+    """-S: Python without site-packages."""
+    path = Path(train.__file__).parent / script
+    run = subprocess.run([sys.executable, "-S", path], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "lacks torch" in run.stderr
+    assert "source .venv/bin/activate" in run.stderr
 
 
 @pytest.mark.parametrize(
