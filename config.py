@@ -7,7 +7,6 @@ the paper used (tables below), `completed` what is known only when the network a
 from __future__ import annotations
 
 import json
-import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,8 +22,9 @@ from attacks.norms import NORMS
 from attacks.plan import ATTACKS, AttackPlan
 from attacks.threat import RADII, Threat, threats_for
 from data import DATASETS, Dataset, FolderSplit
-from models import Spec, build_model
-from models.preact_resnet import ACTIVATIONS
+from models import ACTIVATIONS, Spec, build_model, find_network
+from models.networks import FINETUNE_LR, describe_networks
+from models.own_function import split_own_function
 from utils.cli import (
     Parser,
     UsageError,
@@ -55,6 +55,11 @@ def summaries() -> str:
     return f"scheme for several norms: {'; '.join(f'{name} {each.summary}' for name, each in SCHEMES.items())} (eat)"
 
 
+def networks() -> str:
+    """Help of --arch."""
+    return f"{describe_networks()} (preact-resnet18, or the checkpoint's)"
+
+
 # fmt: off
 @dataclass(frozen=True)
 class Config:
@@ -77,9 +82,9 @@ class TrainConfig(Config):
 
     finetune_model: bool = _net(False, "start from --model_name instead of random weights (off)")
     model_name: str | None = _net(None, "network to fine-tune: checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION (none)")
-    arch: str | None = _net(None, "preact-resnet18, wide-resnet-DEPTH-WIDTH (as wide-resnet-28-10) or FILE.py:FUNCTION (preact-resnet18, or the checkpoint's)")
-    act: str | None = _net(None, "activation (softplus1; wide-resnet: relu; or the checkpoint's)", choices=ACTIVATIONS)
-    width: int | None = _net(None, "channels of the preact-resnet18's first stage (64; digits: 16)", positive_int)
+    arch: str | None = _net(None, networks)
+    act: str | None = _net(None, "activation (the network's own: preact-resnet18 softplus1, wide-resnet relu; or the checkpoint's)", choices=ACTIVATIONS)
+    width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", positive_int)
 
     dataset: str = _data("cifar10", "data set (=)", choices=DATASETS)
     workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", positive_int, resumable=True)
@@ -222,17 +227,20 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def _with_network(config: TrainConfig) -> TrainConfig:
     """--arch, --act and --width; the network of --finetune_model has its own."""
-    if config.arch:
+    arch = config.arch or "preact-resnet18"
+    if not split_own_function(arch):  # which is called when the data set is known
         with blame("--arch"), torch.device("meta"):
-            build_model(config.arch)
-    if config.width and config.arch not in (None, "preact-resnet18"):
-        raise UsageError("--width", f"{config.arch} says its width itself, leave this flag out")
+            build_model(arch)
+    network = find_network(arch)
+    if network and network.width is None and config.width:
+        raise UsageError("--width", f"{arch} says its width itself, leave this flag out")
     if config.finetune_model:
         return config
-    config = filled(config, {"arch": "preact-resnet18"})
-    if config.arch != "preact-resnet18":
-        return filled(config, {"act": "relu"})
-    return filled(config, {"act": "softplus1", "width": 16 if config.dataset == "digits" else 64})
+    config = replace(config, arch=arch)
+    if network is None:
+        return config
+    width = network.width and (DATASETS[config.dataset].width or network.width)
+    return filled(config, {"act": network.act, "width": width})
 
 
 def _with_attack(config: TrainConfig) -> TrainConfig:
@@ -319,7 +327,8 @@ def _lr_max(config: TrainConfig, spec: Spec) -> float:
     """The published peak learning rate."""
     if mode_of(config) == "fine-tuning on imagenet":
         return 1e-4 if "xcit" in (config.model_name or "").lower() else 0.005
-    return 0.01 if config.finetune_model and spec.get("arch") != "preact-resnet18" else 0.05
+    network = find_network(spec.get("arch", ""))
+    return (network.finetune_lr if network else FINETUNE_LR) if config.finetune_model else 0.05
 
 
 def check_processes(config: TrainConfig, world_size: int) -> None:
@@ -405,7 +414,7 @@ def resumed(saved: TrainConfig, asked: Mapping[str, Any], folder: Path) -> Train
     """
     for name in ("model_name", "arch"):
         code = getattr(saved, name)
-        if code and CODE.fullmatch(code) and asked.get(name) != code:
+        if code and split_own_function(code) and asked.get(name) != code:
             raise ValueError(f"its network is made by code, name that again: --{name}='{code}'")
     different = [name for name in asked if name not in RESUMABLE and asked[name] != getattr(saved, name)]
     if different:
@@ -422,7 +431,6 @@ def same_command(asked: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     return one == other
 
 
-CODE = re.compile(r".+\.py:\w+(@.+)?")  # a network that is made by a file of Python
 RESUMABLE = {each.name: each.metadata["resumable"] for each in fields(TrainConfig) if each.metadata.get("resumable")}
 IN_RUN_NAME = {
     "dataset",

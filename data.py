@@ -1,19 +1,19 @@
-"""Data sets: images as uint8, tensors in memory or mmap_npz, or files read by worker processes, made floats in [0, 1] batch by batch."""
+"""Data sets, and mini-batches of them: images are uint8 in memory, memory-mapped, or in files; a batch is float32 in [0, 1].
+
+A data set is one `DatasetSpec` in DATASETS. `BatchLoader` gives the mini-batches of an epoch, with data augmentation.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-import signal
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -24,36 +24,39 @@ from torch import Tensor
 from utils.arrays import is_npz, load_pickled_arrays, mmap_npz
 from utils.modules import generator
 from utils.run_folder import new_folder_or_nothing
+from utils.workers import load_ahead
 
 CPU = torch.device("cpu")
-DATASETS = ("cifar10", "cifar100", "imagenet", "imagefolder", "digits")
 
-Change = Callable[[Image.Image], Image.Image]
+Transform = Callable[[Image.Image], Image.Image]
+
+
+# Splits: examples of one kind
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) uint8 from 0 to `levels`, labels (N,) int64, and the augmentation that suits them."""
+    """Images (N, C, H, W) uint8 from 0 to `levels`, labels (N,) int64, and the data augmentation that suits them."""
 
     images: Tensor
     labels: Tensor
     levels: int
-    padding: int  # training images are moved by up to this many pixels
-    flip: bool  # and mirrored, each second one
+    padding: int  # random crop of the image padded by so many zeros on each side
+    flip: bool  # random horizontal flip, of half of the images
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def first(self, n: int) -> Split:
-        """The first n points."""
-        return replace(self, images=self.images[:n], labels=self.labels[:n])
+    def take(self, n: int) -> Split:
+        """The first n examples."""
+        return Split(self.images[:n], self.labels[:n], self.levels, self.padding, self.flip)
 
     def in_memory(self) -> Split:
-        """The split itself; its counterpart of files reads them."""
+        """The split itself; a FolderSplit reads its files."""
         return self
 
     def pixels(self) -> tuple[Tensor, Tensor]:
-        """All images as float32 in [0, 1], (N, C, H, W), and their labels."""
+        """All images, (N, C, H, W) float32 in [0, 1], and labels (N,), without augmentation."""
         return self.images.float() / self.levels, self.labels
 
     @property
@@ -65,34 +68,34 @@ class Split:
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """N images in files, read when needed: `batches` cuts a random part of each, `in_memory` has them as `prepare` makes them."""
+    """N images in files, read when needed: to train, a random resized crop and horizontal flip; to test, what `prepare` makes of them."""
 
     files: list[str]
     labels: Tensor  # (N,) int64
     size: int  # height and width of an image, in pixels
-    prepare: Change  # resize and crop, nothing random
+    prepare: Transform  # resize and crop, nothing random
     levels: int = 255
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def first(self, n: int) -> FolderSplit:
-        """The first n points; no file is read."""
+    def take(self, n: int) -> FolderSplit:
+        """The first n examples; no file is read."""
         return replace(self, files=self.files[:n], labels=self.labels[:n])
 
     def in_memory(self) -> Split:
-        """All images read, by as many threads as there are cores. Raises ValueError that names a file that holds no image."""
+        """All images, prepared, read by a thread for each core. Raises ValueError that names a file that holds no image."""
         images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
 
-        def read(point: int) -> None:
-            images[point] = _read(self.files[point], self.prepare)
+        def read(i: int) -> None:
+            images[i] = _read_image(self.files[i], self.prepare)
 
         with ThreadPoolExecutor(_cores()) as threads:
             list(threads.map(read, range(len(self))))
         return Split(images, self.labels, self.levels, padding=0, flip=False)
 
     def pixels(self) -> tuple[Tensor, Tensor]:
-        """All images, read, as float32 in [0, 1], (N, C, H, W), and their labels."""
+        """The same as float32 in [0, 1], (N, 3, H, W), and labels (N,)."""
         return self.in_memory().pixels()
 
     @property
@@ -103,40 +106,37 @@ class FolderSplit:
 
 @dataclass(frozen=True)
 class Extra(Split):
-    """Images of a file, mmap_npz if it is an npz: a worker process that is not forked opens it again instead of being sent them."""
+    """Additional training images from a file, memory-mapped if it is an npz; a worker process that is not forked opens it again."""
 
     file: str
 
     @property
     def content(self) -> str:
-        """Their number and a digest of all labels and some 256 images: the same wherever, and in whichever format, they lie."""
+        """Their number and a digest of all labels and some 256 images: the same wherever, and in whichever format, they are."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         digest.update(self.images[:: max(1, len(self) // 256)].numpy().tobytes())
         return f"{len(self)} images {digest.hexdigest()[:16]}"
 
-    def first(self, n: int) -> Split:
-        """The first n points, no longer told by the file alone."""
-        return Split(self.images[:n], self.labels[:n], self.levels, self.padding, self.flip)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened_again, (self.file, self.levels, self.padding, self.flip)
+        return _open_extra, (self.file, self.levels, self.padding, self.flip)
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Batches of so many standard and so many extra images each. `len` is an epoch's points: one pass over the standard images."""
+    """Mini-batches of standard and extra images in a fixed proportion; `len`: the examples of an epoch, one pass over the standard ones."""
 
     standard: Split
     extra: Extra
-    each: tuple[int, int]
+    standard_per_batch: int
+    extra_per_batch: int
 
     def __len__(self) -> int:
-        batches, left = divmod(len(self.standard), self.each[0])
-        return len(self.standard) + batches * self.each[1] + self.beside(left)
+        full_batches, rest = divmod(len(self.standard), self.standard_per_batch)
+        return len(self.standard) + full_batches * self.extra_per_batch + self.num_extra(rest)
 
-    def beside(self, standard: int) -> int:
-        """How many extra images a batch of so many standard ones has: in the same proportion, at least one."""
-        return max(1, round(standard * self.each[1] / self.each[0])) if standard else 0
+    def num_extra(self, num_standard: int) -> int:
+        """How many extra images go with so many standard ones: in proportion, at least one."""
+        return max(1, round(num_standard * self.extra_per_batch / self.standard_per_batch)) if num_standard else 0
 
     @property
     def levels(self) -> int:
@@ -145,7 +145,7 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split of images of one shape, with a label for each of the class names; perhaps more to train on."""
+    """A training and a test split of images of one shape, the names of their classes, and perhaps additional training images."""
 
     name: str
     train: Split | FolderSplit
@@ -163,329 +163,35 @@ class Dataset:
         return self.train.shape
 
 
-def load_dataset(name: str, data_dir: str, image_size: int = 224, prepare: Change | None = None) -> Dataset:
-    """The data set called `name`; raises ValueError with what to do if it can't be had. CIFAR's are downloaded to data_dir if missing.
+# Data sets: each is one DatasetSpec
 
-    imagenet and imagefolder are data_dir/train/CLASS/*.jpg and data_dir/val/CLASS/*.jpg, made RGB and image_size pixels high and wide:
-    to train, a random part of the image, perhaps mirrored; to test, resized and cut at the centre, or what `prepare` makes of it.
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """All that a data set is: how it is loaded, and the settings for flags left out."""
+
+    name: str  # as --dataset takes it
+    summary: str  # its line in --help
+    load: Callable[
+        ..., Dataset
+    ]  # load(name, data_dir, image_size, prepare), of which the last two are for files; ValueError
+    radii: dict[str, float]  # eps of each norm, for pixels in [0, 1]
+    files: bool = False  # the images are files, of any size, read when needed
+    width: int | None = None  # channels of the first stage of a network from scratch (None: the network's own default)
+
+
+def load_dataset(name: str, data_dir: str, image_size: int = 224, prepare: Transform | None = None) -> Dataset:
+    """The data set called `name`. Raises ValueError that says what to do if it can't be had.
+
+    data_dir: the folder that has it, or to which it is downloaded. image_size: height and width of images that are files, in pixels;
+    prepare: how test images are made of files (left out: resized to 8/7 of image_size, cut at the centre).
     """
-    match name:
-        case "digits":
-            return _digits()
-        case "cifar10" | "cifar100":
-            return _cifar(name, Path(data_dir))
-        case "imagenet" | "imagefolder":
-            return _folders(name, Path(data_dir), image_size, prepare)
-    raise ValueError(f"unknown data set {name!r}; choose {' or '.join(DATASETS)}")
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; choose {' or '.join(DATASETS)}")
+    return DATASETS[name].load(name, Path(data_dir), image_size, prepare)
 
 
-def load_extra(file: str, data: Dataset) -> Extra:
-    """More training images for a data set: an npz with `image` and `label`, uncompressed, or Carmon et al.'s pickle (in memory).
-
-    Raises ValueError if they are not such images and labels as the data set has; OSError.
-    """
-    train = data.train
-    if isinstance(train, FolderSplit):
-        raise ValueError(f"{data.name} takes no extra images; cifar10, cifar100 and digits do")
-    images, labels = _extra_arrays(file)
-    channels, height, width = data.shape
-    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
-        raise ValueError(
-            f"{file} has images of {images.dtype} and shape {images.shape}, "
-            f"those of {data.name} are uint8 and (N, {height}, {width}, {channels})"
-        )
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{file} has labels of {labels.dtype} and shape {labels.shape}, "
-            f"{len(images)} images need integers and ({len(images)},)"
-        )
-    if not len(images):
-        raise ValueError(f"{file} has no images")
-    if labels.min() < 0 or labels.max() >= data.num_classes:
-        raise ValueError(
-            f"{file} has labels from {labels.min()} to {labels.max()}, those of {data.name} go from 0 to {data.num_classes - 1}"
-        )
-    if train.levels < 255 and images.max() > train.levels:
-        raise ValueError(f"{file} has pixels up to {images.max()}, those of {data.name} go up to {train.levels}")
-    return Extra(*_as_tensors(images, labels), train.levels, train.padding, train.flip, file)
-
-
-def mix(
-    split: Split | FolderSplit, extra: Extra | None, batch_size: int, fraction: float
-) -> Split | FolderSplit | Mixed:
-    """Batches of which the share `fraction` (rounded, but neither none nor all) is extra; the split itself if there is no extra."""
-    if extra is None:
-        return split
-    assert isinstance(split, Split), "load_extra gives none for files"
-    number = min(max(round(batch_size * fraction), 1), batch_size - 1)
-    return Mixed(split, extra, (batch_size - number, number))
-
-
-def batches(
-    split: Split | FolderSplit | Mixed,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    device: torch.device = CPU,
-    first: int = 0,
-    share: tuple[int, int] = (0, 1),
-    workers: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of augmented batches on `device`: x (B, C, H, W) float32 in [0, 1], y (B,). They depend on (seed, epoch) alone.
-
-    From batch number `first` on; of each the part of process `share` = (rank, number of processes), as torch.tensor_split makes it.
-    Tensors are cut where they are, which costs no copy if that is the device; else by a worker process, a batch ahead. Files are
-    read by `workers` processes (left out: one per core, at most 8), or in this one if 0. Raises ValueError for a broken file.
-    The last batch may be smaller, see `number_of_batches`. Of a mixed split both kinds are cut in memory, and each part of
-    a batch, also as torch.tensor_split makes it, has them in proportion.
-    """
-    cuts: TensorBatches | FileBatches | MixedBatches
-    if isinstance(split, FolderSplit):
-        cuts = FileBatches(split, batch_size, (seed, epoch), share)
-        workers = min(8, _cores()) if workers is None else workers
-    elif isinstance(split, Mixed):
-        cuts = MixedBatches(split, (seed, epoch), share)
-        workers = int(device.type != "cpu")
-    else:
-        cuts = TensorBatches(split, batch_size, generator(seed, epoch), share)
-        workers = int(split.images.device.type != device.type)
-    numbers = range(first, len(cuts))
-    for images, labels in _from_workers(cuts, numbers, workers, device) if workers else map(cuts.__getitem__, numbers):
-        yield images.to(device, non_blocking=True).float() / split.levels, labels.to(device, non_blocking=True)
-
-
-def number_of_batches(n: int, batch_size: int, number: int = 1) -> int:
-    """How many batches `batches` gives for n points and `number` processes.
-
-    Points left over are a batch if there are two for each process (BatchNorm may fail on one), or if batch_size or the split is 1.
-    """
-    return n // batch_size + (n % batch_size >= 2 * number or (n == number == 1 < batch_size))
-
-
-def on_device(split: Split | FolderSplit | Mixed, device: torch.device) -> Split | FolderSplit | Mixed:
-    """The split on the device, or as it is where it is of files or mixed, or the device a GPU with less than twice the room."""
-    if not isinstance(split, Split):
-        return split
-    if device.type == "cuda" and 2 * split.images.nbytes > torch.cuda.mem_get_info(device)[0]:
-        return split
-    return replace(split, images=split.images.to(device), labels=split.labels.to(device))
-
-
-class ShardedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """A process' parts of an epoch's batches, by number: which places in the epoch's order are whose."""
-
-    def __init__(self, n: int, batch_size: int, share: tuple[int, int]) -> None:
-        self.n, self.batch_size, self.share = n, batch_size, share
-        self.number = number_of_batches(n, batch_size, share[1])
-
-    def __len__(self) -> int:
-        return self.number
-
-    def places(self, number: int) -> slice:
-        rank, processes = self.share
-        start = number * self.batch_size
-        each, more = divmod(min(self.batch_size, self.n - start), processes)
-        start += rank * each + min(rank, more)
-        return slice(start, start + each + (rank < more))
-
-
-class TensorBatches(ShardedBatches):
-    """Batches cut from tensors, uint8. All random choices are drawn at once, so that cutting waits for nothing.
-
-    order: the epoch's points (a random one of all).
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        draws: torch.Generator,
-        share: tuple[int, int] = (0, 1),
-        order: Tensor | None = None,
-    ) -> None:
-        order = torch.randperm(len(split), generator=draws) if order is None else order
-        n, device = len(order), split.images.device
-        super().__init__(n, batch_size, share)
-        self.split, self.order = split, order.to(device)
-        self.shift = torch.randint(0, 2 * split.padding + 1, (2, n, 1), generator=draws).to(device)
-        self.mirrored = (torch.rand(n, 1, generator=draws) < 0.5).to(device) if split.flip else None
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.cut(self.places(number))
-
-    def cut(self, places: slice) -> tuple[Tensor, Tensor]:
-        """The images at these places of the order, and their labels."""
-        chosen = self.order[places]
-        mirrored = None if self.mirrored is None else self.mirrored[places]
-        images = _augment(self.split.images[chosen], self.split.padding, self.shift[:, places], mirrored)
-        return images, self.split.labels[chosen]
-
-
-class FileBatches(ShardedBatches):
-    """Batches read from files, uint8: of each image a random part, perhaps mirrored, that depends on (seed, epoch, point) alone."""
-
-    def __init__(self, split: FolderSplit, batch_size: int, key: tuple[int, int], share: tuple[int, int]) -> None:
-        from torchvision.transforms import v2
-
-        super().__init__(len(split), batch_size, share)
-        self.split, self.key, self.order = split, key, torch.randperm(len(split), generator=generator(*key))
-        self.augment = v2.Compose([v2.RandomResizedCrop(split.size), v2.RandomHorizontalFlip()])
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        chosen = self.order[self.places(number)]
-        images = torch.empty(len(chosen), *self.split.shape, dtype=torch.uint8)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            for row, point in enumerate(chosen.tolist()):
-                torch.default_generator.manual_seed(generator(*self.key, point).initial_seed())
-                images[row] = _read(self.split.files[point], self.augment)
-        return images, self.split.labels[chosen]
-
-
-class MixedBatches(ShardedBatches):
-    """Standard and extra images cut from tensors and spread evenly over each batch, uint8."""
-
-    def __init__(self, split: Mixed, key: tuple[int, int], share: tuple[int, int]) -> None:
-        standard, extra = split.each
-        super().__init__(len(split), standard + extra, share)
-        self.split = split
-        order = _continued(len(split.extra), len(split) - len(split.standard), *key)
-        # The standard images' order and crops are those of batches that hold nothing else.
-        self.standard = TensorBatches(split.standard, standard, generator(*key))
-        self.extra = TensorBatches(split.extra, extra, generator(*key, 0, 1), order=order)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        begin, places = number * self.batch_size, self.places(number)
-        standard, extra = self.split.each
-        size = min(standard, len(self.split.standard) - number * standard)
-        beside = self.split.beside(size)
-        within = torch.arange(places.start - begin, places.stop - begin + 1)
-        # How many of the epoch's extra images come before each place: one more behind each that is extra.
-        before = number * extra + within * beside // (size + beside)
-        first, last = int(before[0]), int(before[-1])
-        kinds = self.standard.cut(slice(places.start - first, places.stop - last)), self.extra.cut(slice(first, last))
-        spread = before.diff().argsort(stable=True).argsort()
-        images, labels = (torch.cat(parts).index_select(0, spread) for parts in zip(*kinds, strict=True))
-        return images, labels
-
-
-def _continued(n: int, length: int, seed: int, epoch: int) -> Tensor:
-    """An epoch's `length` numbers below n: all n in a random order, then in another, begun where the epoch before ended."""
-    begin = epoch * length
-    turns = range(begin // n, -(-(begin + length) // n))
-    orders = (torch.randperm(n, generator=generator(seed, turn, 0, 0)) for turn in turns)
-    return torch.cat(
-        [order[max(begin - turn * n, 0) : begin + length - turn * n] for turn, order in zip(turns, orders, strict=True)]
-    )
-
-
-def _from_workers(
-    cuts: ShardedBatches, numbers: range, workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches from processes that make them ahead, pinned, so that the host does not wait for the copy to the device."""
-    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        cuts,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # else it would draw a seed from the global one
-    )
-    try:
-        yield from loader
-    except BaseException as error:
-        traceback.clear_frames(
-            error.__traceback__
-        )  # they would keep the workers, and lose them to the garbage collector
-        raise
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process, and the main one answers them; a worker ends when that one tells it to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none: there anybody's SIGTERM ends a worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_end_with_the_main_process, daemon=True).start()
-
-
-def _end_with_the_main_process() -> None:
-    # multiprocessing ends by SIGTERM the workers that an error's traceback keeps alive, and waits for them.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read(file: str, change: Change) -> Tensor:
-    """The image in a file as RGB after `change`, (3, H, W) uint8. Raises ValueError that names the file if it holds none."""
-    from torchvision.datasets.folder import default_loader
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    try:
-        image = default_loader(file)
-    except Exception as error:  # whatever the decoders raise, the file is what is wrong
-        raise ValueError(f"{file} can't be read as an image: {error}") from error
-    pixels: Tensor = pil_to_tensor(change(image))
-    return pixels
-
-
-def _augment(images: Tensor, padding: int, shift: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Each image (B, C, H, W) padded with zeros and cut at shift (2, B, 1) from top and left, then mirrored where told (B, 1)."""
-    n, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    top, left = shift
-    columns = left + torch.arange(width, device=images.device)
-    if mirrored is not None:
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows = top + torch.arange(height, device=images.device)
-    # Indices on both sides of the slice put the channels last: (B, H, W, C).
-    cut = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    # clone, not contiguous(): with one channel the latter keeps strides that read as channels-last, where oneDNN's
-    # gradient of narrow convolutions corrupts memory (docs/LOG.md).
-    return cut.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-
-
-def _extra_arrays(file: str) -> list[np.ndarray]:
-    """Images and labels as they lie in a file."""
-    path = Path(file)
-    return (
-        mmap_npz(path, "image", "label") if is_npz(path) else load_pickled_arrays(path, "data", "extrapolated_targets")
-    )
-
-
-def _as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) where they lie, of (N, H, W, C); labels (N,) int64 in memory."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes on them
-        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
-
-
-def _opened_again(file: str, levels: int, padding: int, flip: bool) -> Extra:
-    images, labels = _extra_arrays(file)
-    return Extra(*_as_tensors(images, labels), levels, padding, flip, file)
-
-
-def _digits() -> Dataset:
-    """scikit-learn's 1,797 8 x 8 digits with values from 0 to 16: 1,297 to train and 500 to test, every class in proportion."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    train, test = train_test_split(np.arange(len(labels)), test_size=500, random_state=0, stratify=labels)
-
-    def split(index: np.ndarray) -> Split:
-        pixels = torch.tensor(images[index], dtype=torch.uint8).view(-1, 1, 8, 8)
-        # A mirrored digit is another sign or none; a pixel's shift is 1/8 of the image, as CIFAR-10's four of 32.
-        return Split(pixels, torch.tensor(labels[index], dtype=torch.int64), levels=16, padding=1, flip=False)
-
-    return Dataset("digits", split(train), split(test), tuple("0123456789"))
-
-
-def _cifar(name: str, data_dir: Path) -> Dataset:
+def _load_cifar(name: str, data_dir: Path, *_: object) -> Dataset:
     """CIFAR-10 or CIFAR-100: 50,000 and 10,000 images of 32 x 32."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -512,8 +218,24 @@ def _cifar(name: str, data_dir: Path) -> Dataset:
     return Dataset(name, split(train), split(test), tuple(train.classes))
 
 
-def _folders(name: str, data_dir: Path, size: int, prepare: Change | None) -> Dataset:
-    """Images in data_dir/{train,val}/CLASS; the classes in alphabetical order, the points in a random one that is always the same."""
+def _load_digits(*_: object) -> Dataset:
+    """scikit-learn's 1,797 8 x 8 digits with values from 0 to 16: 1,297 to train and 500 to test, every class in proportion."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=500, random_state=0, stratify=labels)
+
+    def split(index: np.ndarray) -> Split:
+        pixels = torch.tensor(images[index], dtype=torch.uint8).view(-1, 1, 8, 8)
+        # A mirrored digit is another sign or none; a pixel's shift is 1/8 of the image, as CIFAR-10's four of 32.
+        return Split(pixels, torch.tensor(labels[index], dtype=torch.int64), levels=16, padding=1, flip=False)
+
+    return Dataset("digits", split(train), split(test), tuple("0123456789"))
+
+
+def _load_folders(name: str, data_dir: Path, size: int, prepare: Transform | None) -> Dataset:
+    """Images in data_dir/{train,val}/CLASS, made RGB; classes in alphabetical order, examples in a random one that is always the same."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -537,18 +259,291 @@ def _folders(name: str, data_dir: Path, size: int, prepare: Change | None) -> Da
     def split(part: ImageFolder) -> FolderSplit:
         labels = torch.tensor(part.targets)
         order = _fixed_order(labels)
-        return FolderSplit([part.samples[point][0] for point in order.tolist()], labels[order], size, prepare)
+        return FolderSplit([part.samples[i][0] for i in order.tolist()], labels[order], size, prepare)
 
     return Dataset(name, split(train), split(val), tuple(train.classes))
 
 
 def _fixed_order(labels: Tensor) -> Tensor:
-    """A random order (N,) of points with labels (N,), always the same, in which every beginning has the classes in proportion."""
+    """A random order (N,) of examples with labels (N,), always the same; the first n, for any n, have the classes in proportion."""
     draws = generator(0)
     by_class = torch.randperm(len(labels), generator=draws)
     by_class = by_class[labels[by_class].argsort(stable=True)]
     counts = labels.bincount()
     turn = torch.cat([torch.arange(n) for n in counts.tolist()])
-    # The j-th of a class' n points has its place at random between j/n and (j + 1)/n of the whole.
-    place = (turn + torch.rand(len(labels), generator=draws, dtype=torch.float64)) / counts.repeat_interleave(counts)
-    return by_class[place.argsort(stable=True)]
+    # The j-th of a class' n examples has its position at random between j/n and (j + 1)/n of the whole.
+    position = (turn + torch.rand(len(labels), generator=draws, dtype=torch.float64)) / counts.repeat_interleave(counts)
+    return by_class[position.argsort(stable=True)]
+
+
+CIFAR_RADII = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}
+IMAGENET_RADII = {"Linf": 4 / 255, "L2": 2.0, "L1": 255.0}  # for 224 pixels
+DIGITS_RADII = {"Linf": 0.1, "L2": 0.4, "L1": 2.0}  # how they were chosen: docs/digits.md
+
+_SPECS = (
+    DatasetSpec("cifar10", "32 x 32 pixels, 10 classes", _load_cifar, CIFAR_RADII),
+    DatasetSpec("cifar100", "32 x 32 pixels, 100 classes", _load_cifar, CIFAR_RADII),
+    DatasetSpec("imagenet", "train/CLASS/*.jpg and val/CLASS/*.jpg", _load_folders, IMAGENET_RADII, files=True),
+    DatasetSpec("imagefolder", "the same, any classes", _load_folders, IMAGENET_RADII, files=True),
+    DatasetSpec("digits", "8 x 8 pixels, 10 classes, no download", _load_digits, DIGITS_RADII, width=16),
+)
+DATASETS = {spec.name: spec for spec in _SPECS}
+
+
+# Additional training images
+
+
+def load_extra(file: str, data: Dataset) -> Extra:
+    """More training images for a data set: an npz with `image` and `label`, uncompressed, or Carmon et al.'s pickle (in memory).
+
+    Raises ValueError if they are not such images and labels as the data set has; OSError.
+    """
+    train = data.train
+    if isinstance(train, FolderSplit):
+        others = [spec.name for spec in DATASETS.values() if not spec.files]
+        raise ValueError(f"{data.name} takes no extra images; {', '.join(others)} do")
+    images, labels = _read_extra(file)
+    channels, height, width = data.shape
+    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
+        raise ValueError(
+            f"{file} has images of {images.dtype} and shape {images.shape}, "
+            f"those of {data.name} are uint8 and (N, {height}, {width}, {channels})"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{file} has labels of {labels.dtype} and shape {labels.shape}, "
+            f"{len(images)} images need integers and ({len(images)},)"
+        )
+    if not len(images):
+        raise ValueError(f"{file} has no images")
+    if labels.min() < 0 or labels.max() >= data.num_classes:
+        raise ValueError(
+            f"{file} has labels from {labels.min()} to {labels.max()}, those of {data.name} go from 0 to {data.num_classes - 1}"
+        )
+    if train.levels < 255 and images.max() > train.levels:
+        raise ValueError(f"{file} has pixels up to {images.max()}, those of {data.name} go up to {train.levels}")
+    return Extra(*_as_tensors(images, labels), train.levels, train.padding, train.flip, file)
+
+
+def _read_extra(file: str) -> list[np.ndarray]:
+    """Images and labels as they are in a file."""
+    path = Path(file)
+    return (
+        mmap_npz(path, "image", "label") if is_npz(path) else load_pickled_arrays(path, "data", "extrapolated_targets")
+    )
+
+
+def _as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) where they are, of (N, H, W, C); labels (N,) int64 in memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes on them
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+
+
+def _open_extra(file: str, levels: int, padding: int, flip: bool) -> Extra:
+    images, labels = _read_extra(file)
+    return Extra(*_as_tensors(images, labels), levels, padding, flip, file)
+
+
+# Mini-batches
+
+
+def mix(
+    split: Split | FolderSplit, extra: Extra | None, batch_size: int, fraction: float
+) -> Split | FolderSplit | Mixed:
+    """Mini-batches of which `fraction` (rounded, but neither none nor all) is extra; the split itself if there is no extra."""
+    if extra is None:
+        return split
+    assert isinstance(split, Split), "load_extra gives none for files"
+    num_extra = min(max(round(batch_size * fraction), 1), batch_size - 1)
+    return Mixed(split, extra, batch_size - num_extra, num_extra)
+
+
+def on_device(split: Split | FolderSplit | Mixed, device: torch.device) -> Split | FolderSplit | Mixed:
+    """The split with its tensors on the device; unchanged if it is of files or mixed, or needs more than half of a GPU's free memory."""
+    if not isinstance(split, Split):
+        return split
+    if device.type == "cuda" and 2 * split.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return split
+    return replace(split, images=split.images.to(device), labels=split.labels.to(device))
+
+
+def number_of_batches(n: int, batch_size: int, world_size: int = 1) -> int:
+    """How many mini-batches an epoch of n examples has, in `world_size` processes.
+
+    The last, smaller one is left out unless it has two examples for each process (BatchNorm may fail on one), or batch_size or n is 1.
+    """
+    return n // batch_size + (n % batch_size >= 2 * world_size or (n == world_size == 1 < batch_size))
+
+
+@dataclass(frozen=True)
+class BatchLoader:
+    """Mini-batches for training: x (B, C, H, W) float32 in [0, 1] and y (B,) on `device`, in random order and with data augmentation.
+
+    A batch depends on (seed, epoch, its number) alone. Of each one, process `rank` of `world_size` gets its part as torch.tensor_split
+    makes it. Tensors on the device are indexed there; others by one worker process, ahead of time, and pinned for CUDA; files are read
+    by `workers` processes (None: one per core, at most 8; 0: none).
+    """
+
+    split: Split | FolderSplit | Mixed
+    batch_size: int  # of all processes together
+    seed: int = 0
+    device: torch.device = CPU
+    rank: int = 0
+    world_size: int = 1
+    workers: int | None = None
+
+    def __len__(self) -> int:
+        """The number of mini-batches in an epoch."""
+        return number_of_batches(len(self.split), self.batch_size, self.world_size)
+
+    def num_examples(self, i: int) -> int:
+        """The examples of mini-batch i, of all processes together: batch_size but perhaps for the last."""
+        return min(self.batch_size, len(self.split) - i * self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mini-batches of an epoch from number `start` on. Raises ValueError that names a file that holds no image."""
+        batches, numbers = ShardedBatches(self, epoch), range(start, len(self))
+        if isinstance(self.split, FolderSplit):
+            workers = min(8, _cores()) if self.workers is None else self.workers
+        else:
+            images = self.split.standard.images if isinstance(self.split, Mixed) else self.split.images
+            workers = int(images.device.type != self.device.type)
+        found = load_ahead(batches, numbers, workers, self.device) if workers else map(batches.__getitem__, numbers)
+        for images, labels in found:
+            x = images.to(self.device, non_blocking=True).float() / self.split.levels
+            yield x, labels.to(self.device, non_blocking=True)
+
+
+class ShardedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """This process' part of each mini-batch of an epoch, as uint8, by the batch's number; worker processes index it."""
+
+    def __init__(self, loader: BatchLoader, epoch: int) -> None:
+        self.loader, split = loader, loader.split
+        self.examples: ShuffledTensors | ShuffledFiles | ShuffledMix
+        if isinstance(split, FolderSplit):
+            self.examples = ShuffledFiles(split, loader.seed, epoch)
+        elif isinstance(split, Mixed):
+            self.examples = ShuffledMix(split, loader.seed, epoch)
+        else:
+            self.examples = ShuffledTensors(split, generator(loader.seed, epoch))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        loader, start = self.loader, number * self.loader.batch_size
+        # As torch.tensor_split does it: the first `larger` parts have one example more.
+        size, larger = divmod(loader.num_examples(number), loader.world_size)
+        start += loader.rank * size + min(loader.rank, larger)
+        return self.examples[start : start + size + (loader.rank < larger)]
+
+
+class ShuffledTensors:
+    """An epoch of a split in memory; `[a:b]` are its examples a to b in random order, augmented: images (b - a, C, H, W) uint8, labels.
+
+    Order, crops and flips are drawn at once, so that making a batch waits for nothing. order: the examples (a random order of all).
+    """
+
+    def __init__(self, split: Split, draws: torch.Generator, order: Tensor | None = None) -> None:
+        order = torch.randperm(len(split), generator=draws) if order is None else order
+        n, device = len(order), split.images.device
+        self.split, self.order = split, order.to(device)
+        self.offset = torch.randint(0, 2 * split.padding + 1, (2, n, 1), generator=draws).to(device)
+        self.flipped = (torch.rand(n, 1, generator=draws) < 0.5).to(device) if split.flip else None
+
+    def __getitem__(self, which: slice) -> tuple[Tensor, Tensor]:
+        chosen = self.order[which]
+        flipped = None if self.flipped is None else self.flipped[which]
+        images = _crop_and_flip(self.split.images[chosen], self.split.padding, self.offset[:, which], flipped)
+        return images, self.split.labels[chosen]
+
+
+class ShuffledFiles:
+    """The same of a split in files: random resized crop and horizontal flip, which depend on (seed, epoch, example) alone."""
+
+    def __init__(self, split: FolderSplit, seed: int, epoch: int) -> None:
+        from torchvision.transforms import v2
+
+        self.split, self.key = split, (seed, epoch)
+        self.order = torch.randperm(len(split), generator=generator(seed, epoch))
+        self.augment = v2.Compose([v2.RandomResizedCrop(split.size), v2.RandomHorizontalFlip()])
+
+    def __getitem__(self, which: slice) -> tuple[Tensor, Tensor]:
+        chosen = self.order[which]
+        images = torch.empty(len(chosen), *self.split.shape, dtype=torch.uint8)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            for row, i in enumerate(chosen.tolist()):
+                torch.default_generator.manual_seed(generator(*self.key, i).initial_seed())
+                images[row] = _read_image(self.split.files[i], self.augment)
+        return images, self.split.labels[chosen]
+
+
+class ShuffledMix:
+    """The same of standard and extra images, the extra ones spread evenly over each mini-batch."""
+
+    def __init__(self, split: Mixed, seed: int, epoch: int) -> None:
+        # Order and crops of the standard images are those of an epoch without extra ones.
+        self.standard = ShuffledTensors(split.standard, generator(seed, epoch))
+        order = _endless_order(len(split.extra), len(split) - len(split.standard), seed, epoch)
+        self.extra = ShuffledTensors(split.extra, generator(seed, epoch, 0, 1), order)
+        # How many extra images come before each example of the epoch, and before its end: the number grows where one is extra.
+        batch_size = split.standard_per_batch + split.extra_per_batch
+        position = torch.arange(len(split) + 1)
+        number, within = position // batch_size, position % batch_size
+        full, rest = divmod(len(split.standard), split.standard_per_batch)
+        extra = torch.where(number < full, split.extra_per_batch, split.num_extra(rest))
+        size = torch.where(number < full, batch_size, max(rest + split.num_extra(rest), 1))
+        self.extra_before = number * split.extra_per_batch + within * extra // size
+
+    def __getitem__(self, which: slice) -> tuple[Tensor, Tensor]:
+        extra_before = self.extra_before[which.start : which.stop + 1]
+        first, last = int(extra_before[0]), int(extra_before[-1])
+        parts = self.standard[which.start - first : which.stop - last], self.extra[first:last]
+        position = extra_before.diff().argsort(stable=True).argsort()
+        images, labels = (torch.cat(both).index_select(0, position) for both in zip(*parts, strict=True))
+        return images, labels
+
+
+def _endless_order(n: int, length: int, seed: int, epoch: int) -> Tensor:
+    """An epoch's `length` numbers below n, out of one random order of all n after another, begun where the epoch before ended."""
+    begin = epoch * length
+    turns = range(begin // n, -(-(begin + length) // n))
+    orders = (torch.randperm(n, generator=generator(seed, turn, 0, 0)) for turn in turns)
+    return torch.cat(
+        [order[max(begin - turn * n, 0) : begin + length - turn * n] for turn, order in zip(turns, orders, strict=True)]
+    )
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read_image(file: str, transform: Transform) -> Tensor:
+    """The image in a file as RGB, transformed: (3, H, W) uint8. Raises ValueError that names the file if it holds none."""
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    try:
+        image = default_loader(file)
+    except Exception as error:  # whatever the decoders raise, the file is what is wrong
+        raise ValueError(f"{file} can't be read as an image: {error}") from error
+    pixels: Tensor = pil_to_tensor(transform(image))
+    return pixels
+
+
+def _crop_and_flip(images: Tensor, padding: int, offset: Tensor, flipped: Tensor | None) -> Tensor:
+    """Each image (B, C, H, W) padded with zeros, cropped at its offset (2, B, 1) from top and left, perhaps flipped (B, 1)."""
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    top, left = offset
+    columns = left + torch.arange(width, device=images.device)
+    if flipped is not None:
+        columns = torch.where(flipped, columns.flip(1), columns)
+    rows = top + torch.arange(height, device=images.device)
+    # Indices on both sides of the slice put the channels last: (B, H, W, C).
+    cut = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    # clone, not contiguous(): with one channel the latter keeps strides that read as channels-last, where oneDNN's
+    # gradient of narrow convolutions corrupts memory (docs/LOG.md).
+    return cut.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)

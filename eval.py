@@ -100,7 +100,7 @@ def evaluate_and_report(
 ) -> Path:
     """Attack, print, save; the result's folder."""
     with blame("--data_dir"):
-        test = data.test.first(config.n_ex or 0).in_memory()
+        test = data.test.take(config.n_ex or 0).in_memory()
     threats = [] if config.only_clean else threats_for(config.dataset or "", config.l_norms, config.l_eps)
     asked = identity(config, model, test, data, threats)
     parts = ["eval", config.dataset or "", *(config.model_name or "").split("/")[-2:], f"n{config.n_ex}"]

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     model = load_model(args.model_name, args.model_dir, args.dataset).model.eval().to(device).requires_grad_(False)
-    test = load_dataset(args.dataset, args.data_dir).test.first(args.n_ex).in_memory()
+    test = load_dataset(args.dataset, args.data_dir).test.take(args.n_ex).in_memory()
     x, y = test.pixels()
     threats = threats_for(args.dataset, args.l_norms, args.l_eps)
     print(

@@ -36,7 +36,7 @@ from attacks.norms import NORMS
 from attacks.projections import project_l1
 from attacks.threat import Threat, threats_for
 from benchmarks import libraries
-from data import Split, batches, load_dataset
+from data import BatchLoader, Split, load_dataset
 from models import build_model
 from utils.cli import Parser, add_flag, positive_int, words
 from utils.modules import eval_mode, no_param_grad
@@ -215,7 +215,7 @@ def digits_network() -> nn.Module:
 def rows_libraries(batch_size: int, runs: int) -> None:
     """One run of APGD on the cross-entropy: time, and the loss of the points that come back."""
     model = digits_network()
-    x, y = load_dataset("digits", "").test.first(batch_size).pixels()
+    x, y = load_dataset("digits", "").test.take(batch_size).pixels()
 
     def ours(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, n_iter: int) -> Tensor:
         start = None if threat.norm == "L1" else random_start(x, threat)
@@ -284,7 +284,10 @@ def rows_batches(batch_size: int, runs: int) -> None:
 
     split = Split(images, labels, levels=255, padding=4, flip=True)
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(Images(), batch_size, True, num_workers=2)
-    works: dict[str, Work] = {"ours": lambda: list(batches(split, batch_size, 0, 0)), "theirs": lambda: list(loader)}
+    works: dict[str, Work] = {
+        "ours": lambda: list(BatchLoader(split, batch_size).epoch(0)),
+        "theirs": lambda: list(loader),
+    }
     times = rounds(works, runs)
     more = f"{1000 * median(times['ours']) * batch_size / n:.2f} ms a batch of {batch_size}"
     row("batches of CIFAR-10, torchvision and DataLoader", over(times, "theirs", "ours"), "4", more)

@@ -1,32 +1,13 @@
-"""Networks: images (B, C, H, W) in [0, 1] -> logits (B, K), any normalisation inside."""
+"""Networks: images (B, C, H, W) in [0, 1] -> logits (B, K), any normalisation inside. Each file here registers its own."""
 
-from __future__ import annotations
+import importlib
+import pkgutil
 
-from typing import Any
+from models.layers import ACTIVATIONS
+from models.networks import NETWORKS, Network, Spec, build_model, find_network, new_spec, register_network
 
-from torch import nn
+__all__ = ["ACTIVATIONS", "NETWORKS", "Network", "Spec", "build_model", "find_network", "new_spec", "register_network"]
 
-from models.preact_resnet import ACTIVATIONS, PreActResNet18
-from models.wide_resnet import WideResNet, depth_and_width
-
-# What a checkpoint keeps to rebuild its network: the arguments of build_model, numbers and strings only.
-Spec = dict[str, Any]
-
-
-def build_model(arch: str, **kwargs: Any) -> nn.Module:
-    """A network with random weights, (B, C, H, W) in [0, 1] -> logits. Raises ValueError for an unknown name or activation."""
-    if kwargs.get("act", "relu") not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {kwargs['act']!r}; choose one of {' '.join(ACTIVATIONS)}")
-    match arch:
-        case "preact-resnet18":
-            return PreActResNet18(**kwargs)
-        case _ if arch.startswith("wide-resnet-"):
-            return WideResNet(*depth_and_width(arch), **kwargs)
-        case "robustbench" if kwargs:
-            from models.robustbench_zoo import build_robustbench
-
-            return build_robustbench(**kwargs)
-        case _:
-            raise ValueError(
-                f"unknown network {arch!r}; choose preact-resnet18 or wide-resnet-DEPTH-WIDTH, as wide-resnet-28-10"
-            )
+# A new network is a new file in this folder: all of them are imported, so that each can register what it has.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

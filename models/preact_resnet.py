@@ -6,85 +6,12 @@ normalisation. The state-dict names are those of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class _Softplus(torch.autograd.Function):
-    """log(1 + exp(x)) of kernels that are vectorised on CPUs: F.softplus' own is a third of a pass there (docs/LOG.md).
-
-    The gradient is made from the output in float32, since the next convolution keeps that anyway: a third less memory, and as fast.
-    In bfloat16 that would be too coarse.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:  # evaluations in bfloat16 were compared with this form (docs/LOG.md)
-            ctx.save_for_backward(x)
-            return x.abs().neg_().exp_().add_(1).log_().add_(x.relu())
-        out = x.relu().sub_(x.abs().sigmoid_().log_())
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,), (kept,) = grads, ctx.saved_tensors
-        if kept.dtype == torch.float32:  # sigmoid(x) = 1 - exp(-softplus(x))
-            return torch.addcmul(grad, grad, kept.neg().exp_(), value=-1)
-        return grad * kept.sigmoid()
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), any shape; within 1e-6 (1 + value) in float32 and 0.01 in bfloat16, the gradient within 1e-6 and 0.01 of its own."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.softplus(x)
-    return _Softplus.apply(x)  # type: ignore[no-untyped-call]
-
-
-def normalise(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """bn(x), (B, C, H, W). With fixed statistics on a CPU as one multiply-add: BatchNorm's own gradient is slow there (docs/LOG.md)."""
-    if bn.training or x.dtype != torch.float32 or x.device.type != "cpu":
-        out: Tensor = bn(x)
-        return out
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-    shift = bn.bias - bn.running_mean * scale
-    return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "softplus1": softplus,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "elu": F.elu,
-    "leaky_relu": F.leaky_relu,
-}
-
-
-class PreActBlock(nn.Module):
-    """act(bn) -> conv -> act(bn) -> conv, plus the input (through a 1 x 1 convolution where the shape changes)."""
-
-    def __init__(self, in_planes: int, planes: int, stride: int, act: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.act = act
-        self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.act(normalise(self.bn1, x))
-        skip = self.shortcut(out) if hasattr(self, "shortcut") else x
-        out = self.conv2(self.act(normalise(self.bn2, self.conv1(out))))
-        return out + skip
+from models.layers import ACTIVATIONS, PreActBlock, normalise
+from models.networks import Network, Spec, StateDict, register_network
 
 
 class PreActResNet18(nn.Module):
@@ -111,3 +38,25 @@ class PreActResNet18(nn.Module):
         for stage in range(4):
             out = self.get_submodule(f"layer{stage + 1}")(out)
         return self.linear(F.relu(normalise(self.bn, out)).mean((2, 3)))
+
+
+def _recognise(state: StateDict) -> Spec | None:
+    if not {"conv1.weight", "linear.weight", "layer1.0.bn1.weight"} <= state.keys():
+        return None
+    width, in_channels = state["conv1.weight"].shape[:2]
+    sizes = {"num_classes": len(state["linear.weight"]), "in_channels": in_channels, "width": width}
+    return {"arch": "preact-resnet18", **sizes}
+
+
+register_network(
+    Network(
+        name="preact-resnet18",
+        summary="PreAct ResNet-18 with softplus, the paper's",
+        build=PreActResNet18,
+        recognise=_recognise,
+        small={"arch": "preact-resnet18", "width": 4},
+        act="softplus1",
+        width=64,
+        finetune_lr=0.05,
+    )
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
 import shutil
 import tempfile
@@ -15,12 +14,13 @@ import gdown
 import torch
 from torch import Tensor, nn
 
-from models import Spec, build_model
+from models.networks import NETWORKS, Spec, StateDict, build_known, find_network
+from models.own_function import build_own_function, split_own_function
 from models.robustbench_zoo import THREATS, load_robustbench
-from models.wide_resnet import WideResNet
 from utils.checkpoint import load_tensors, state_dict_of
 from utils.run_folder import new_folder_or_nothing
 
+OWN_ARGUMENTS = ("num_classes", "in_channels", "act", "width")  # of a spec, what goes to a function of the user's
 AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_Linf.pth, pretr_L2.pth, pretr_L1.pth
 
 
@@ -41,15 +41,15 @@ def load_model(name: str, model_dir: str, dataset: str, act: str | None = None, 
     wide residual networks). `arch`, if given, has to be the network that a checkpoint says or looks like. Raises ValueError that says what
     to do.
     """
-    function = re.fullmatch(r"(.+\.py):(\w+)(?:@(.+))?", name)
-    if arch and (function or name.startswith("RB_")):
+    own = split_own_function(name)
+    if arch and (own or name.startswith("RB_")):
         raise ValueError(f"{name} has a network of its own; leave --arch={arch} out")
     if name.startswith("RB_"):
         model_id, threat = _split_robustbench(name)
         model, threat = load_robustbench(model_id, threat, dataset, Path(model_dir))
         return Loaded(model, {"arch": "robustbench", "model_id": model_id, "threat": threat, "dataset": dataset}, {})
-    if function:
-        return _from_function(Path(function[1]), function[2], function[3])
+    if own:
+        return _from_own_function(*own)
     path = _find_file(name, Path(model_dir))
     try:
         return _from_file(path, dataset, act, arch)
@@ -59,14 +59,20 @@ def load_model(name: str, model_dir: str, dataset: str, act: str | None = None, 
 
 
 def rebuild(spec: Spec, name: str | None) -> nn.Module:
-    """The network that a spec tells, without its weights; one that a function makes is called `name`. Raises ValueError."""
-    if spec.get("arch") == "function":
-        function = (name or "").partition("@")[0]
-        if function != spec["function"]:
-            raise ValueError(f"its network comes from {spec['function']}, not from {name}")
-        file, _, function = function.rpartition(":")
-        return _from_function(Path(file), function, None).model
-    return build_model(**spec)
+    """The network that a spec tells, without its weights. One that a function of the user's makes has to be what `name`, FILE.py:FUNCTION
+
+    or FILE.py:FUNCTION@CHECKPOINT, says: a checkpoint alone never runs code. Raises ValueError.
+    """
+    if spec.get("arch") != "function":
+        return build_known(**spec)
+    own = split_own_function(name or "")
+    if own is None or own[0] != spec["function"]:
+        raise ValueError(f"its network comes from {spec['function']}, not from {name}")
+    return _rebuild_own(own[0], spec)
+
+
+def _rebuild_own(function: str, spec: Spec) -> nn.Module:
+    return build_own_function(function, **{key: spec[key] for key in OWN_ARGUMENTS if key in spec})
 
 
 def _split_robustbench(name: str) -> tuple[str, str | None]:
@@ -77,24 +83,15 @@ def _split_robustbench(name: str) -> tuple[str, str | None]:
     return model_id, None
 
 
-def _from_function(file: Path, function: str, checkpoint: str | None) -> Loaded:
-    """Call the user's function; with `checkpoint`, load these weights into its network."""
-    if not file.is_file():
-        raise ValueError(f"there is no file {file} to take the function {function} from")
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"{file} has no function {function}")
-    model = getattr(module, function)()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{function} in {file} must return a torch.nn.Module, it returned {type(model).__name__}")
-    spec = {"arch": "function", "function": f"{file}:{function}"}
+def _from_own_function(function: str, checkpoint: str | None) -> Loaded:
+    """The network of the user's function; with `checkpoint`, these weights in it, and called as its spec says."""
+    source = {"arch": "function", "function": function}
     if checkpoint is None:
-        return Loaded(model, spec, {})
+        return Loaded(build_own_function(function), source, {})
     content = load_tensors(Path(checkpoint))
+    spec = _spec_in(content) or {}
+    spec = (spec if spec.get("arch") == "function" else {}) | source
+    model = _rebuild_own(function, spec)
     _load_weights(model, state_dict_of(content))
     return Loaded(model, spec, _about(content))
 
@@ -102,8 +99,8 @@ def _from_function(file: Path, function: str, checkpoint: str | None) -> Loaded:
 def _from_file(path: Path, dataset: str, act: str | None = None, arch: str | None = None) -> Loaded:
     content = load_tensors(path)
     state = state_dict_of(content)
-    if isinstance(content, dict) and isinstance(content.get("spec"), dict):
-        spec = dict(content["spec"])
+    spec = _spec_in(content)
+    if spec:
         if spec.get("arch") == "function":
             raise ValueError(
                 f"its network comes from {spec['function']}; name both: --model_name='{spec['function']}@{path}'"
@@ -114,9 +111,15 @@ def _from_file(path: Path, dataset: str, act: str | None = None, arch: str | Non
         spec = _spec_of_plain_file(path, state, dataset, act, arch)
     if arch and arch != spec.get("arch"):
         raise ValueError(f"its network is {spec.get('arch')}; leave --arch={arch} out")
-    model = build_model(**spec)
-    _load_weights(model, state)
+    model = build_known(**spec)
+    network = find_network(spec["arch"])
+    _load_weights(model, network.clean(state) if network else state)
     return Loaded(model, spec, _about(content))
+
+
+def _spec_in(content: Any) -> Spec | None:
+    found = content.get("spec") if isinstance(content, dict) else None
+    return dict(found) if isinstance(found, dict) else None
 
 
 def _about(content: Any) -> dict[str, Any]:
@@ -127,35 +130,26 @@ def _about(content: Any) -> dict[str, Any]:
     }
 
 
-def _spec_of_plain_file(path: Path, state: dict[str, Tensor], dataset: str, act: str | None, arch: str | None) -> Spec:
+def _spec_of_plain_file(path: Path, state: StateDict, dataset: str, act: str | None, arch: str | None) -> Spec:
     """The network of a state dict that says nothing of itself: names and shapes tell which of ours and its sizes.
 
-    The run's name may tell its activation, or, unless `arch` does, a network of RobustBench's (`act=...`, `fts=RB_...`).
+    A run of the authors' may tell by its name the activation or, unless `arch` does, a network of RobustBench's (`act=...`, `fts=RB_...`).
     """
     told = dict(re.findall(r"(act|fts)=([\w.-]+)", f"{path.parent.name} {path.name}"))
     if not arch and told.get("fts", "").startswith("RB_"):
         model_id, threat = _split_robustbench(told["fts"])
         return {"arch": "robustbench", "model_id": model_id, "threat": threat or "Linf", "dataset": dataset}
-    act = act or told.get("act")
-    if {"conv1.weight", "linear.weight", "layer1.0.bn1.weight"} <= state.keys():
-        width, in_channels = state["conv1.weight"].shape[:2]
-        sizes = {"num_classes": len(state["linear.weight"]), "in_channels": in_channels, "width": width}
-        return {"arch": "preact-resnet18", **sizes, "act": act or "softplus1"}
-    if {"conv1.weight", "fc.weight", "block1.layer.0.conv1.weight"} <= state.keys():
-        blocks = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in state)
-        found = f"wide-resnet-{6 * blocks + 4}-{len(state['block1.layer.0.conv1.weight']) // 16}"
-        sizes = {"num_classes": len(state["fc.weight"]), "in_channels": state["conv1.weight"].shape[1]}
-        return {"arch": found, **sizes, "act": act or "relu"}
+    for network in NETWORKS.values():
+        if spec := network.recognise(state):
+            return spec | {"act": act or told.get("act") or network.act}
     raise ValueError(
-        "it is a checkpoint of another network than the PreAct ResNet-18 and wide residual networks; take RobustBench's as RB_{id}, "
+        f"it is a checkpoint of another network than {' and '.join(NETWORKS)}; take RobustBench's as RB_{{id}}, "
         "build others with FILE.py:FUNCTION@CHECKPOINT"
     )
 
 
-def _load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _load_weights(model: nn.Module, state: StateDict) -> None:
     own = model.state_dict()
-    if isinstance(model, WideResNet):  # many published ones have a block beside block1 that no pass goes through
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("sub_block1.")}
     # PyTorch before 0.4.1 did not count BatchNorm's batches, and nothing here asks for the number.
     state = {name: count for name, count in own.items() if name.endswith("num_batches_tracked")} | state
     odd = [

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from models.preact_resnet import ACTIVATIONS, normalise
+from models.layers import ACTIVATIONS, PreActBlock, normalise
+from models.networks import Network, Spec, StateDict, register_network
 
 
 def depth_and_width(arch: str) -> tuple[int, int]:
@@ -29,26 +29,6 @@ def depth_and_width(arch: str) -> tuple[int, int]:
             f"the depth of a wide residual network is 6n + 4 (10, 16, 22, 28, 34, ...), that of {arch} is not"
         )
     return depth, width
-
-
-class WideBlock(nn.Module):
-    """act(bn) -> conv -> act(bn) -> conv, plus the input (where the shape changes, plus a 1 x 1 convolution of its act(bn))."""
-
-    def __init__(self, in_planes: int, planes: int, stride: int, act: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.act = act
-        self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        if stride != 1 or in_planes != planes:
-            self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.act(normalise(self.bn1, x))
-        skip = self.convShortcut(out) if hasattr(self, "convShortcut") else x
-        out = self.conv2(self.act(normalise(self.bn2, self.conv1(out))))
-        return out + skip
 
 
 class WideResNet(nn.Module):
@@ -65,7 +45,8 @@ class WideResNet(nn.Module):
         for stage in range(3):
             out, blocks = 16 * widen * 2**stage, []
             for block in range((depth - 4) // 6):
-                blocks.append(WideBlock(planes, out, 2 if stage > 0 and block == 0 else 1, self.act))
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(PreActBlock(planes, out, stride, self.act, shortcut="convShortcut"))
                 planes = out
             self.add_module(f"block{stage + 1}", nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks))))
             # Faster, and safe for multiples of 16 channels; the first convolution stays plain, as in the PreAct ResNet-18.
@@ -82,3 +63,29 @@ class WideResNet(nn.Module):
         for stage in range(3):
             out = self.get_submodule(f"block{stage + 1}")(out)
         return self.fc(self.act(normalise(self.bn1, out)).mean((2, 3)))
+
+
+def _recognise(state: StateDict) -> Spec | None:
+    if not {"conv1.weight", "fc.weight", "block1.layer.0.conv1.weight"} <= state.keys():
+        return None
+    blocks = sum(re.fullmatch(r"block1\.layer\.\d+\.conv1\.weight", name) is not None for name in state)
+    arch = f"wide-resnet-{6 * blocks + 4}-{len(state['block1.layer.0.conv1.weight']) // 16}"
+    return {"arch": arch, "num_classes": len(state["fc.weight"]), "in_channels": state["conv1.weight"].shape[1]}
+
+
+def _without_unused_block(state: StateDict) -> StateDict:
+    """Many published state dicts have a block beside block1 that no pass goes through."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith("sub_block1.")}
+
+
+register_network(
+    Network(
+        name="wide-resnet-DEPTH-WIDTH",
+        summary="wide residual network, such as wide-resnet-28-10",
+        build=WideResNet,
+        recognise=_recognise,
+        small={"arch": "wide-resnet-10-1"},
+        sizes=depth_and_width,
+        clean=_without_unused_block,
+    )
+)

@@ -459,7 +459,7 @@ def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_from_the_same_start_it_finds_what_pyautoattack_finds(norm: str, trained: nn.Module) -> None:
     """Per point in Linf; in L2, where that one clips instead of projecting, at least as much in the mean."""
-    x, y = load_dataset("digits", "").test.first(64).pixels()
+    x, y = load_dataset("digits", "").test.take(64).pixels()
     [threat] = threats_for("digits", [norm])
     theirs = APGDAttack(trained, n_iter=20, norm=norm, eps=threat.eps, seed=0, loss="ce", device="cpu")
     theirs.init_hyperparam(x)

@@ -13,7 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import DATASETS, Split, TensorBatches, _from_workers, batches, load_dataset, number_of_batches
+from attacks.threat import NORMS, RADII
+from data import (
+    DATASETS,
+    BatchLoader,
+    Dataset,
+    DatasetSpec,
+    ShardedBatches,
+    ShuffledTensors,
+    Split,
+    load_dataset,
+    number_of_batches,
+)
+from utils.workers import load_ahead
 
 
 def digest(tensor: Tensor) -> str:
@@ -57,7 +69,7 @@ def test_digits_pixels() -> None:
         assert x.dtype == torch.float32
         assert (float(x.min()), float(x.max())) == (0, 1)
         assert torch.equal(y, split.labels)
-        first, labels = split.first(7).pixels()
+        first, labels = split.take(7).pixels()
         assert torch.equal(first, x[:7])
         assert torch.equal(labels, y[:7])
 
@@ -67,11 +79,43 @@ def test_unknown_data_set() -> None:
         load_dataset("cifar-10", "/nowhere")
 
 
+def test_a_data_set_is_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, data_dir: Path, *_: object) -> Dataset:
+        assert data_dir == Path("folder")
+        return Dataset(name, numbered(20), numbered(10), tuple(map(str, range(20))))
+
+    spec = DatasetSpec("numbers", "made by this test", load, {"Linf": 0.1, "L2": 0.5, "L1": 2.0})
+    monkeypatch.setitem(DATASETS, spec.name, spec)
+    data = load_dataset("numbers", "folder")
+    assert (data.name, len(data.train), data.num_classes, data.shape) == ("numbers", 20, 20, (1, 4, 4))
+    with pytest.raises(ValueError, match=r"choose .* or numbers"):
+        load_dataset("cifar-10", "/nowhere")
+
+
+@pytest.mark.parametrize("spec", DATASETS.values(), ids=lambda spec: spec.name)
+def test_every_data_set_has_a_radius_for_every_norm_and_a_line_of_help(spec: DatasetSpec) -> None:
+    assert DATASETS[spec.name] is spec
+    assert spec.radii == RADII[spec.name]
+    assert list(spec.radii) == list(NORMS)
+    assert spec.summary
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("n", [20, 21, 22, 23, 27])
+def test_the_loader_tells_how_many_batches_and_examples_there_are(n: int, world_size: int) -> None:
+    loaders = [BatchLoader(numbered(n), 8, rank=rank, world_size=world_size) for rank in range(world_size)]
+    sizes = [
+        sum(map(len, labels)) for labels in zip(*([y for _, y in loader.epoch(0)] for loader in loaders), strict=True)
+    ]
+    assert len(sizes) == len(loaders[0])
+    assert sizes == [loaders[0].num_examples(i) for i in range(len(sizes))]
+
+
 @pytest.mark.parametrize(
     ("n", "batch_size"), [(10, 3), (10, 5), (11, 5), (12, 5), (1, 4), (2, 4), (4, 4), (5, 2), (100, 128), (129, 128)]
 )
 def test_each_point_once_and_no_single_left_over(n: int, batch_size: int) -> None:
-    parts = [y.tolist() for _, y in batches(numbered(n), batch_size, seed=0, epoch=0)]
+    parts = [y.tolist() for _, y in BatchLoader(numbered(n), batch_size).epoch(0)]
     assert len(parts) == number_of_batches(n, batch_size)
     seen = [label for part in parts for label in part]
     single = n > 1 and n % batch_size == 1
@@ -84,7 +128,7 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
     split = numbered(50, flip=True)
 
     def epoch(seed: int, number: int) -> tuple[Tensor, Tensor]:
-        xs, ys = zip(*batches(split, 8, seed, number), strict=True)
+        xs, ys = zip(*BatchLoader(split, 8, seed).epoch(number), strict=True)
         return torch.cat(xs), torch.cat(ys)
 
     x, y = epoch(3, 1)
@@ -100,8 +144,8 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (11, 5), (13, 12), (21, 8), (23, 8), (24, 8), (7, 16), (9, 16)])
 def test_a_resumed_epoch_and_the_parts_of_processes(n: int, batch_size: int, number: int) -> None:
     split = numbered(n, flip=True)
-    whole = list(batches(split, batch_size, 0, 1))
-    parts = [list(batches(split, batch_size, 0, 1, share=(rank, number))) for rank in range(number)]
+    whole = list(BatchLoader(split, batch_size).epoch(1))
+    parts = [list(BatchLoader(split, batch_size, rank=rank, world_size=number).epoch(1)) for rank in range(number)]
     # Left-over points are a batch if there are two for each process.
     assert {len(part) for part in parts} == {number_of_batches(n, batch_size, number)}
     assert number_of_batches(n, batch_size, number) == n // batch_size + (n % batch_size >= 2 * number)
@@ -110,7 +154,7 @@ def test_a_resumed_epoch_and_the_parts_of_processes(n: int, batch_size: int, num
         assert torch.equal(torch.cat([part for _, part in shares]), y)
         assert [len(part) for _, part in shares] == [len(part) for part in y.tensor_split(number)]
     for first in range(len(parts[-1]) + 1):
-        rest = list(batches(split, batch_size, 0, 1, first=first, share=(number - 1, number)))
+        rest = list(BatchLoader(split, batch_size, rank=number - 1, world_size=number).epoch(1, start=first))
         assert len(rest) == len(parts[-1]) - first
         for (x, y), (other_x, other_y) in zip(rest, parts[-1][first:], strict=True):
             assert torch.equal(x, other_x)
@@ -119,20 +163,20 @@ def test_a_resumed_epoch_and_the_parts_of_processes(n: int, batch_size: int, num
 
 def test_a_part_alone_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     cut: list[int] = []
-    monkeypatch.setattr("data._augment", lambda images, *_: cut.append(len(images)) or images)
-    list(batches(numbered(23), 8, 0, 0, first=1, share=(1, 2)))
+    monkeypatch.setattr("data._crop_and_flip", lambda images, *_: cut.append(len(images)) or images)
+    list(BatchLoader(numbered(23), 8, rank=1, world_size=2).epoch(0, start=1))
     assert cut == [4, 3]
 
 
 def test_the_batches_that_a_seed_has_always_had() -> None:
-    x, y = next(batches(load_dataset("digits", "/nowhere").train, 16, seed=3, epoch=2))
+    x, y = next(BatchLoader(load_dataset("digits", "/nowhere").train, 16, 3).epoch(2))
     assert y.tolist() == [6, 1, 3, 8, 4, 7, 9, 9, 5, 3, 1, 2, 3, 6, 1, 3]
     assert digest(x) == "a824cd52e80a83d2"
 
 
 def test_batches_are_pixels_of_their_labels() -> None:
     split = numbered(20, padding=0)
-    for x, y in batches(split, 6, seed=0, epoch=0):
+    for x, y in BatchLoader(split, 6).epoch(0):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, split.images[y].float() / 255, rtol=0, atol=0)
 
@@ -160,7 +204,7 @@ def test_augment_is_a_crop_perhaps_mirrored(shape: tuple[int, int, int], padding
     assert len(expected) == len(kinds)
     n = 80 * len(kinds)
     split = Split(image.expand(n, *shape), torch.zeros(n, dtype=torch.int64), 255, padding, flip)
-    out, _ = TensorBatches(split, n, torch.Generator().manual_seed(1))[0]
+    out, _ = ShuffledTensors(split, torch.Generator().manual_seed(1))[:]
     assert out.shape == (n, *shape)
     assert out.dtype == torch.uint8
     assert out.is_contiguous()
@@ -173,9 +217,8 @@ def test_augment_is_a_crop_perhaps_mirrored(shape: tuple[int, int, int], padding
 
 def test_augment_keeps_images_apart() -> None:
     images = torch.arange(1, 31, dtype=torch.uint8).view(30, 1, 1, 1).expand(30, 3, 4, 4)
-    out, labels = TensorBatches(Split(images, torch.arange(1, 31), 255, 1, True), 30, torch.Generator().manual_seed(0))[
-        0
-    ]
+    split = Split(images, torch.arange(1, 31), 255, 1, True)
+    out, labels = ShuffledTensors(split, torch.Generator().manual_seed(0))[:]
     for image, label in zip(out, labels, strict=True):
         assert set(image.unique().tolist()) <= {0, int(label)}
         assert torch.equal(image[0], image[1])
@@ -184,9 +227,9 @@ def test_augment_keeps_images_apart() -> None:
 @pytest.mark.parametrize("n", [1, 23])
 def test_workers_cut_the_same_batches(n: int) -> None:
     split = numbered(n, flip=True)
-    cuts = TensorBatches(split, 8, torch.Generator().manual_seed(0))
-    here = [cuts[i] for i in range(len(cuts))]
-    there = list(_from_workers(cuts, range(len(cuts)), 1, torch.device("cpu")))
+    batches = ShardedBatches(BatchLoader(split, 8), 0)
+    here = [batches[i] for i in range(len(batches))]
+    there = list(load_ahead(batches, range(len(batches)), 1, torch.device("cpu")))
     assert len(here) == len(there) == number_of_batches(n, 8)
     for (x, y), (other_x, other_y) in zip(here, there, strict=True):
         assert torch.equal(x, other_x)
@@ -195,28 +238,28 @@ def test_workers_cut_the_same_batches(n: int) -> None:
 
 def test_a_split_on_another_device_goes_through_the_workers() -> None:
     # `meta` stands in for a GPU: the batches arrive there.
-    for x, y in batches(numbered(10), 4, 0, 0, torch.device("meta")):
+    for x, y in BatchLoader(numbered(10), 4, device=torch.device("meta")).epoch(0):
         assert (x.device.type, y.device.type, x.dtype) == ("meta", "meta", torch.float32)
 
 
 @pytest.mark.parametrize("device", ["cpu:0", "cpu"])
 def test_a_device_with_a_number_is_the_same_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data._from_workers", None)
-    assert len(list(batches(numbered(10), 4, 0, 0, torch.device(device)))) == 3
+    monkeypatch.setattr("data.load_ahead", None)
+    assert len(list(BatchLoader(numbered(10), 4, device=torch.device(device)).epoch(0))) == 3
 
 
 def test_cutting_on_a_device_never_waits_for_it() -> None:
     split = replace(
         numbered(10, flip=True), images=numbered(10).images.to("meta"), labels=torch.zeros(10, device="meta")
     )
-    shapes = [x.shape[0] for x, _ in batches(split, 4, 0, 0, torch.device("meta"))]
+    shapes = [x.shape[0] for x, _ in BatchLoader(split, 4, device=torch.device("meta")).epoch(0)]
     assert shapes == [4, 4, 2]
 
 
 def test_digits_are_never_mirrored() -> None:
-    train = load_dataset("digits", "/nowhere").train.first(100)
+    train = load_dataset("digits", "/nowhere").train.take(100)
     drawn = 0
-    for x, y in batches(train, 100, seed=0, epoch=0):
+    for x, y in BatchLoader(train, 100).epoch(0):
         images = (x * train.levels).round().to(torch.uint8)
         allowed = {
             cut(image, 1, top, left, False).numpy().tobytes()

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 
 import train
-from data import Dataset, Extra, FolderSplit, Mixed, Split, batches, load_dataset, load_extra, mix, number_of_batches
+from data import (
+    BatchLoader,
+    Dataset,
+    Extra,
+    FolderSplit,
+    Mixed,
+    Split,
+    load_dataset,
+    load_extra,
+    mix,
+    number_of_batches,
+)
 from utils.arrays import load_pickled_arrays, mmap_npz
 from utils.checkpoint import newest_state
 
@@ -55,8 +66,8 @@ def test_each_batch_has_its_share_and_an_epoch_each_standard_image_once(
 ) -> None:
     split = mixed(n, n_extra, batch_size, fraction)
     extra = min(max(round(batch_size * fraction), 1), batch_size - 1)
-    assert split.each == (batch_size - extra, extra)
-    found = [y for _, y in batches(split, batch_size, seed=0, epoch=3)]
+    assert (split.standard_per_batch, split.extra_per_batch) == (batch_size - extra, extra)
+    found = [y for _, y in BatchLoader(split, batch_size).epoch(3)]
     assert len(found) == number_of_batches(len(split), batch_size) == -(-n // (batch_size - extra))
     assert sum(map(len, found)) == len(split)
     assert sorted(label for y in found for label in y.tolist() if label < 1000) == list(range(n))
@@ -69,7 +80,7 @@ def test_each_batch_has_its_share_and_an_epoch_each_standard_image_once(
 
 def test_the_published_setting() -> None:
     split = mixed(960, 5000, 128, 0.5)
-    found = [int((y >= 1000).sum()) for _, y in batches(split, 128, 0, 0)]
+    found = [int((y >= 1000).sum()) for _, y in BatchLoader(split, 128).epoch(0)]
     assert found == [64] * 15
 
 
@@ -77,7 +88,11 @@ def test_the_published_setting() -> None:
 def test_every_extra_image_is_used_before_any_is_used_again(n_extra: int) -> None:
     split = mixed(30, n_extra, 8, 0.5)
     used = [
-        label for epoch in range(6) for _, y in batches(split, 8, 5, epoch) for label in y.tolist() if label >= 1000
+        label
+        for epoch in range(6)
+        for _, y in BatchLoader(split, 8, 5).epoch(epoch)
+        for label in y.tolist()
+        if label >= 1000
     ]
     assert len(used) == 6 * 30
     turns = [used[begin : begin + n_extra] for begin in range(0, len(used), n_extra)]
@@ -92,20 +107,20 @@ def test_a_resumed_epoch_and_the_parts_of_processes(
     n: int, n_extra: int, batch_size: int, fraction: float, number: int
 ) -> None:
     split = mixed(n, n_extra, batch_size, fraction)
-    whole = list(batches(split, batch_size, 0, 1))
-    parts = [list(batches(split, batch_size, 0, 1, share=(rank, number))) for rank in range(number)]
+    whole = list(BatchLoader(split, batch_size).epoch(1))
+    parts = [list(BatchLoader(split, batch_size, rank=rank, world_size=number).epoch(1)) for rank in range(number)]
     assert {len(part) for part in parts} == {number_of_batches(len(split), batch_size, number)}
     joined = [tuple(map(torch.cat, zip(*shares, strict=True))) for shares in zip(*parts, strict=True)]
     assert same(joined, whole[: len(joined)])  # type: ignore[arg-type]
     for first in range(len(parts[-1]) + 1):
-        rest = list(batches(split, batch_size, 0, 1, first=first, share=(number - 1, number)))
+        rest = list(BatchLoader(split, batch_size, rank=number - 1, world_size=number).epoch(1, start=first))
         assert same(rest, parts[-1][first:])
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.8])
 def test_every_part_and_piece_holds_both_kinds_in_proportion(fraction: float) -> None:
     split = mixed(100, 1000, 64, fraction)
-    for _, y in batches(split, 64, 0, 0):
+    for _, y in BatchLoader(split, 64).epoch(0):
         share = float((y >= 1000).float().mean())
         for number in (2, 3, 8):
             for part in y.tensor_split(number):
@@ -115,11 +130,11 @@ def test_every_part_and_piece_holds_both_kinds_in_proportion(fraction: float) ->
 
 def test_batches_depend_on_seed_and_epoch_alone() -> None:
     split = mixed(50, 400, 16, 0.5)
-    here = list(batches(split, 16, 3, 1))
+    here = list(BatchLoader(split, 16, 3).epoch(1))
     torch.rand(3)  # the global generator plays no part
-    assert same(list(batches(split, 16, 3, 1)), here)
+    assert same(list(BatchLoader(split, 16, 3).epoch(1)), here)
     for seed, epoch in ((3, 2), (4, 1)):
-        there = list(batches(split, 16, seed, epoch))
+        there = list(BatchLoader(split, 16, seed).epoch(epoch))
         for kind in (False, True):
             ours, theirs = (torch.cat([y[(y >= 1000) == kind] for _, y in found]) for found in (here, there))
             assert not torch.equal(ours, theirs)
@@ -127,7 +142,9 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
 
 def test_standard_images_are_those_of_batches_without_extra_ones() -> None:
     split = mixed(50, 400, 16, 0.5)
-    for (x, y), (plain_x, plain_y) in zip(batches(split, 16, 3, 1), batches(split.standard, 8, 3, 1), strict=True):
+    for (x, y), (plain_x, plain_y) in zip(
+        BatchLoader(split, 16, 3).epoch(1), BatchLoader(split.standard, 8, 3).epoch(1), strict=True
+    ):
         assert torch.equal(x[y < 1000], plain_x)
         assert torch.equal(y[y < 1000], plain_y)
 
@@ -135,18 +152,18 @@ def test_standard_images_are_those_of_batches_without_extra_ones() -> None:
 def test_extra_images_are_augmented_and_keep_their_labels() -> None:
     split, seen = mixed(200, 10, 8, 0.5), set()
     for epoch in range(2):
-        for x, y in batches(split, 8, 0, epoch):
+        for x, y in BatchLoader(split, 8).epoch(epoch):
             for image, label in zip((x[y >= 1000] * 255).round().int(), y[y >= 1000], strict=True):
                 assert set(image.unique().tolist()) <= {0, int(label) - 999}  # of its colour, and what pads it
                 seen.add(tuple((image > 0).flatten().tolist()))
     assert len(seen) == 9  # padded by one pixel: at each of nine places, where one can't tell mirrored ones
-    for x, y in batches(mixed(20, 10, 8, 0.5, padding=0), 8, 0, 0):
+    for x, y in BatchLoader(mixed(20, 10, 8, 0.5, padding=0), 8).epoch(0):
         assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), y % 1000 + 1)
 
 
 def test_a_worker_cuts_for_another_device() -> None:
     # `meta` stands in for a GPU: the batches arrive there.
-    found = list(batches(mixed(20, 10, 8, 0.5), 8, 0, 0, torch.device("meta")))
+    found = list(BatchLoader(mixed(20, 10, 8, 0.5), 8, device=torch.device("meta")).epoch(0))
     assert [(x.device.type, len(x), x.dtype) for x, _ in found] == [("meta", 8, torch.float32)] * 5
 
 
@@ -185,8 +202,8 @@ def test_an_npz_is_a_split(order: str, label: str, digits: Dataset) -> None:
     extra = load_extra(save("more.npz", np.asarray(image, order=order), labels.astype(label)), digits)  # type: ignore[call-overload]
     assert has(extra, image, labels)
     assert (extra.labels.dtype, extra.levels, extra.padding, extra.flip) == (torch.int64, 16, 1, False)
-    assert len(list(batches(mix(digits.train.first(40), extra, 8, 0.5), 8, 0, 0))) == 10
-    cut = extra.first(3)
+    assert len(list(BatchLoader(mix(digits.train.take(40), extra, 8, 0.5), 8).epoch(0))) == 10
+    cut = extra.take(3)
     assert torch.equal(cut.images, extra.images[:3])
     assert not isinstance(cut, Extra)
 
@@ -244,7 +261,7 @@ def test_images_are_mapped_not_read(digits: Dataset) -> None:
     before = anonymous_memory()
     extra = load_extra("large.npz", Dataset("cifar10", standard, standard, digits.class_names))
     assert extra.content.startswith("700000 images ")
-    assert sum(len(y) for _, y in batches(mix(standard, extra, 30, 0.5), 30, 0, 0)) == 180
+    assert sum(len(y) for _, y in BatchLoader(mix(standard, extra, 30, 0.5), 30).epoch(0)) == 180
     assert anonymous_memory() - before < 50e6
     assert isinstance(mmap_npz(Path("large.npz"), "image")[0], np.memmap)
     # A worker that is not forked gets the file's name.

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 import eval as eval_script
 import train as train_script
-from data import FolderSplit, _fixed_order, batches, load_dataset, number_of_batches, on_device
+from data import BatchLoader, FolderSplit, _fixed_order, load_dataset, number_of_batches, on_device
 
 SIZE = 16
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_a_folder_is_a_data_set(name: str, folder: Path) -> None:
     for split in (data.train, data.test):
         assert isinstance(split, FolderSplit)
         assert [data.class_names[label] for label in split.labels] == [Path(file).parent.name for file in split.files]
-        assert split.first(3).files == split.files[:3]
+        assert split.take(3).files == split.files[:3]
     assert load_dataset(name, str(folder)).shape == (3, 224, 224)
 
 
@@ -139,13 +139,13 @@ def test_images_in_memory_are_torchvisions(folder: Path) -> None:
     data = load_dataset("imagefolder", str(folder), 32)
     change = v2.Compose([v2.Resize(36), v2.CenterCrop(32), v2.PILToTensor()])
     theirs = {file: (change(image), label) for (file, _), (image, label) in both(ImageFolder(folder / "val"))}
-    split = data.test.first(5).in_memory()
+    split = data.test.take(5).in_memory()
     assert (split.images.dtype, split.images.shape, split.levels) == (torch.uint8, (5, 3, 32, 32), 255)
     assert isinstance(data.test, FolderSplit)
     for file, image, label in zip(data.test.files, split.images, split.labels.tolist(), strict=False):
         assert torch.equal(image, theirs[file][0])
         assert label == theirs[file][1]
-    x, y = data.test.first(5).pixels()
+    x, y = data.test.take(5).pixels()
     assert torch.equal(x, split.images.float() / 255)
     assert torch.equal(y, split.labels)
 
@@ -157,7 +157,7 @@ def both(images: ImageFolder) -> Iterator[tuple[tuple[str, int], tuple[Image.Ima
 
 def test_test_images_in_a_way_of_ones_own(folder: Path) -> None:
     data = load_dataset("imagenet", str(folder), 224, v2.CenterCrop(24))
-    assert data.shape == data.test.first(2).in_memory().shape == (3, 24, 24)
+    assert data.shape == data.test.take(2).in_memory().shape == (3, 24, 24)
 
 
 def test_only_the_first_files_are_read(folder: Path) -> None:
@@ -165,17 +165,17 @@ def test_only_the_first_files_are_read(folder: Path) -> None:
     assert isinstance(data.test, FolderSplit)
     for file in data.test.files[2:]:
         Path(file).write_text("no image")
-    assert len(data.test.first(2).in_memory()) == 2
+    assert len(data.test.take(2).in_memory()) == 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_are_the_same_whoever_reads_them(workers: int, train: FolderSplit) -> None:
     state = torch.get_rng_state()
-    here = list(batches(train, 4, 3, 1, workers=0))
-    assert same(list(batches(train, 4, 3, 1, workers=workers)), here)
+    here = list(BatchLoader(train, 4, 3, workers=0).epoch(1))
+    assert same(list(BatchLoader(train, 4, 3, workers=workers).epoch(1)), here)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert same(list(batches(train, 4, 3, 1, workers=0)), here)
+    assert same(list(BatchLoader(train, 4, 3, workers=0).epoch(1)), here)
     for x, y in here:
         assert (x.dtype, x.shape, x.is_contiguous()) == (torch.float32, (len(y), 3, SIZE, SIZE), True)
         assert float(x.min()) >= 0
@@ -185,7 +185,7 @@ def test_batches_are_the_same_whoever_reads_them(workers: int, train: FolderSpli
 
 def test_an_images_part_depends_on_seed_epoch_and_point(train: FolderSplit) -> None:
     def images(seed: int, epoch: int, batch_size: int = 7, n: int = 21) -> dict[int, Tensor]:
-        parts = batches(train.first(n), batch_size, seed, epoch, workers=0)
+        parts = BatchLoader(train.take(n), batch_size, seed, workers=0).epoch(epoch)
         return {label: image for x, y in parts for label, image in zip(y.tolist(), x, strict=True)}
 
     one = images(0, 0)
@@ -202,23 +202,25 @@ def test_an_images_part_depends_on_seed_epoch_and_point(train: FolderSplit) -> N
 def test_a_resumed_epoch_and_the_parts_of_processes(
     n: int, batch_size: int, number: int, train: FolderSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = train.first(n)
-    whole = list(batches(split, batch_size, 0, 1, workers=0))
-    parts = [list(batches(split, batch_size, 0, 1, share=(rank, number), workers=0)) for rank in range(number)]
+    split = train.take(n)
+    whole = list(BatchLoader(split, batch_size, workers=0).epoch(1))
+    parts = [
+        list(BatchLoader(split, batch_size, rank=rank, world_size=number, workers=0).epoch(1)) for rank in range(number)
+    ]
     assert {len(part) for part in parts} == {number_of_batches(n, batch_size, number)}
     joined = [tuple(map(torch.cat, zip(*shares, strict=True))) for shares in zip(*parts, strict=True)]
     assert same(joined, whole[: len(joined)])  # type: ignore[arg-type]
     read: list[str] = []
-    from data import _read
+    from data import _read_image
 
-    monkeypatch.setattr("data._read", lambda file, change: read.append(file) or _read(file, change))
-    rest = list(batches(split, batch_size, 0, 1, first=1, share=(number - 1, number), workers=0))
+    monkeypatch.setattr("data._read_image", lambda file, change: read.append(file) or _read_image(file, change))
+    rest = list(BatchLoader(split, batch_size, rank=number - 1, world_size=number, workers=0).epoch(1, start=1))
     assert same(rest, parts[-1][1:])
     assert read == [split.files[label] for _, y in rest for label in y.tolist()]
 
 
 def test_signals_do_not_end_workers(train: FolderSplit) -> None:
-    parts = batches(train, 2, 0, 0, workers=2)
+    parts = BatchLoader(train, 2, workers=2).epoch(0)
     found = [next(parts)]
     children = multiprocessing.active_children()
     assert len(children) == 2
@@ -226,12 +228,12 @@ def test_signals_do_not_end_workers(train: FolderSplit) -> None:
         assert child.pid
         for number in ("INT", "TERM"):
             subprocess.run(["kill", f"-{number}", str(child.pid)], check=True)
-    assert same(found + list(parts), list(batches(train, 2, 0, 0, workers=0)))
+    assert same(found + list(parts), list(BatchLoader(train, 2, workers=0).epoch(0)))
     assert not multiprocessing.active_children()
 
 
 def test_an_epoch_that_is_left_early_leaves_no_worker(train: FolderSplit) -> None:
-    parts = batches(train, 2, 0, 0)
+    parts = BatchLoader(train, 2).epoch(0)
     next(parts)
     parts.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
@@ -240,8 +242,8 @@ def test_an_epoch_that_is_left_early_leaves_no_worker(train: FolderSplit) -> Non
 def test_a_script_that_fails_between_batches_ends_at_once(folder: Path) -> None:
     # The traceback keeps the workers alive until the interpreter ends.
     script = (
-        "from data import batches, load_dataset\n"
-        f"for x, y in batches(load_dataset('imagefolder', {str(folder)!r}, 16).train, 2, 0, 0, workers=1):\n"
+        "from data import BatchLoader, load_dataset\n"
+        f"for x, y in BatchLoader(load_dataset('imagefolder', {str(folder)!r}, 16).train, 2, workers=1).epoch(0):\n"
         "    raise OSError('disk full')\n"
     )
     root = Path(eval_script.__file__).parent
@@ -264,7 +266,7 @@ def test_a_broken_file_is_named(content: str, workers: int, train: FolderSplit) 
         case "gone":
             file.unlink()
     with pytest.raises(ValueError, match=r"ant/0\.png can't be read as an image"):
-        list(batches(train, 4, 0, 0, workers=workers))
+        list(BatchLoader(train, 4, workers=workers).epoch(0))
     assert not multiprocessing.active_children()
     with pytest.raises(ValueError, match=r"ant/0\.png can't be read as an image"):
         train.in_memory()

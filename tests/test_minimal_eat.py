@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10
 
 from attacks.apgd import apgd
 from attacks.threat import Threat
-from data import batches, load_dataset
+from data import BatchLoader, load_dataset
 from models import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_apgd_finds_the_same_points(
     norm: str, eps: float, n_iter: int, example: ModuleType, monkeypatch: pytest.MonkeyPatch, trained: nn.Module
 ) -> None:
     monkeypatch.setitem(example.EPS, norm, eps)
-    model, (x, y) = copy.deepcopy(trained).double(), load_dataset("digits", "").test.first(100).pixels()
+    model, (x, y) = copy.deepcopy(trained).double(), load_dataset("digits", "").test.take(100).pixels()
     x = x.double()
     theirs = apgd(model, x, y, Threat(norm, eps), n_iter).x_best
     x_adv = example.apgd(model, x, y, norm, n_iter)
@@ -139,7 +139,7 @@ def test_training_gives_the_same_weights(
     theirs = torch.load(checkpoint, weights_only=True)["state_dict"]
 
     train, counts = load_dataset("cifar10", str(cifar)).train, []
-    epochs = [list(batches(train, 16, seed=5, epoch=epoch)) for epoch in range(4)]
+    epochs = [list(BatchLoader(train, 16, seed=5).epoch(epoch)) for epoch in range(4)]
 
     class Loader:
         """All epochs' batches, an epoch each time."""

@@ -215,7 +215,7 @@ def test_msds_l1_step_is_along_few_entries_that_can_move() -> None:
 def digits() -> tuple[Tensor, Tensor]:
     from data import load_dataset
 
-    return load_dataset("digits", "").train.first(40).pixels()
+    return load_dataset("digits", "").train.take(40).pixels()
 
 
 @pytest.mark.parametrize("name", ["eat", "sat"])

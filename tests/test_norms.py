@@ -69,7 +69,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def examples() -> Examples:
-    test = load_dataset("digits", "").test.first(N)
+    test = load_dataset("digits", "").test.take(N)
     return Examples(test.images, test.labels, test.levels)
 
 

@@ -105,7 +105,7 @@ def plain_apgd(model: nn.Module, image: Tensor, label: int, norm: str, eps: floa
 @pytest.mark.parametrize("n_iter", [10, 40])
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_attack_finds_the_losses_of_the_plain_one(norm: str, n_iter: int, trained: nn.Module) -> None:
-    x, y = load_dataset("digits", "").test.first(24).pixels()
+    x, y = load_dataset("digits", "").test.take(24).pixels()
     eps = RADII["digits"][norm]
     exact = copy.deepcopy(trained).double()
     plain = [plain_apgd(exact, x[i : i + 1], int(y[i]), norm, eps, n_iter) for i in range(len(y))]

@@ -227,6 +227,6 @@ def test_the_network_beside_the_true_data_has_its_published_accuracy() -> None:
     if not folder.exists():
         pytest.skip("no pretrained network beside the data")
     model = pretrained.load_model("pretr_Linf.pth", str(folder), "cifar10").model.eval()
-    x, y = load_dataset("cifar10", os.environ["CIFAR10_DIR"]).test.first(200).pixels()
+    x, y = load_dataset("cifar10", os.environ["CIFAR10_DIR"]).test.take(200).pixels()
     with torch.no_grad():
         assert 0.55 < (model(x).argmax(1) == y).float().mean() < 0.68

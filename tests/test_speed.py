@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models.preact_resnet as preact_resnet
 import train
 from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
 from attacks.multinorm import SCHEMES, AdversarialBatch, Scheme, make_scheme
 from attacks.norms import NORMS
 from attacks.threat import RADII, Threat
-from data import Split, batches, load_dataset
-from models import build_model
+from data import BatchLoader, Split, load_dataset
+from models import build_model, layers, preact_resnet
 from utils.modules import AsyncScalars, eval_mode, no_param_grad
 from utils.precision import autocast_model, check_amp, set_up_torch
 
@@ -58,7 +57,8 @@ def test_channels_last_and_folded_statistics_change_nothing(training: bool, monk
         return [loss.detach(), *torch.autograd.grad(loss, [images, *network.parameters()])]
 
     ours = [gradients(model) for _ in range(3)]  # three times: memory that is corrupted differs from call to call
-    monkeypatch.setattr(preact_resnet, "normalise", lambda bn, value: bn(value))
+    for module in (layers, preact_resnet):
+        monkeypatch.setattr(module, "normalise", lambda bn, value: bn(value))
     expected = gradients(other)
     for found in ours:
         assert found[1].is_contiguous()
@@ -75,7 +75,7 @@ def test_narrow_networks_stay_plain(width: int) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: str, trained: nn.Module) -> None:
-    x, y = load_dataset("digits", "").test.first(64).pixels()
+    x, y = load_dataset("digits", "").test.take(64).pixels()
     threat = Threat(norm, RADII["digits"][norm])
     whole = apgd(trained, x, y, threat, 10)
     half = apgd(autocast_model(trained, CPU, amp), x, y, threat, 10)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def test_attack_and_training_step_run_on_meta(norm: str | None) -> None:
 def test_a_step_in_fp16_scales_its_gradients() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    x, y = load_dataset("digits", "").train.first(32).pixels()
+    x, y = load_dataset("digits", "").train.take(32).pixels()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=5, enabled=True)
     batch = [(AdversarialBatch.clean(x, 0), y)]
@@ -161,7 +161,7 @@ def test_an_asynchronous_copy_is_not_changed_by_what_comes_after() -> None:
 
 def test_softplus_in_bf16() -> None:
     x = torch.linspace(-30, 30, 10_001).bfloat16().requires_grad_(True)
-    value = preact_resnet.softplus(x)
+    value = layers.softplus(x)
     (slope,) = torch.autograd.grad(value.sum(), x)
     exact = F.softplus(x.detach().double(), threshold=100)
     assert float(((value.detach().double() - exact).abs() / (1 + exact)).max()) < 0.01
@@ -200,7 +200,7 @@ def test_training_never_waits_for_the_gpu(name: str) -> None:
         True,
     )
     for epoch in range(2):  # the first one fills caches
-        parts = batches(split, 16, 0, epoch, device)
+        parts = BatchLoader(split, 16, 0, device).epoch(epoch)
         x, y = next(parts)
         torch.cuda.set_sync_debug_mode("error" if epoch else "default")
         for step, (x, y) in enumerate(parts):

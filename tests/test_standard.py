@@ -58,7 +58,7 @@ def evaluated(
 
 
 def digits(n: int) -> Examples:
-    test = load_dataset("digits", "").test.first(n)
+    test = load_dataset("digits", "").test.take(n)
     return Examples(test.images, test.labels, test.levels)
 
 

@@ -16,7 +16,7 @@ import training.trainer
 from attacks.apgd import Model
 from attacks.multinorm import SCHEMES, AdversarialBatch, Option, Scheme
 from attacks.threat import Threat
-from data import batches
+from data import BatchLoader
 from training.trainer import Trainer
 
 FLAGS = ["--dataset=digits", "--width=4", "--n_ex_train=75", "--batch_size=32", "--epochs=2", "--device=cpu"]
@@ -37,8 +37,10 @@ def test_a_loader_that_reads_ahead_changes_nothing(monkeypatch: pytest.MonkeyPat
     plain = train.main([*FLAGS, *EAT])
     sizes: list[int] = []
 
+    epoch = BatchLoader.epoch
+
     def ahead(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from list(batches(*args))
+        yield from list(epoch(*args))
 
     class ReadsAhead(Trainer):
         def batches(self) -> Iterator[training.trainer.Batch]:
@@ -47,7 +49,7 @@ def test_a_loader_that_reads_ahead_changes_nothing(monkeypatch: pytest.MonkeyPat
                 assert len(batch.x) == batch.size
                 yield batch
 
-    monkeypatch.setattr(training.trainer, "batches", ahead)
+    monkeypatch.setattr(BatchLoader, "epoch", ahead)
     monkeypatch.setattr(train, "Trainer", ReadsAhead)
     other = train.main([*FLAGS, *EAT])
     assert sizes == [32, 32, 11] * 2

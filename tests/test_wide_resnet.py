@@ -1,8 +1,7 @@
-"""Wide residual networks: RobustBench's names and logits, published files of every usual form, and a run by its flag."""
+"""Wide residual networks: RobustBench's names and logits, published files of every usual form."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import eval as eval_script
-import train
 from models import build_model, robustbench_zoo
 from models.preact_resnet import ACTIVATIONS
 from models.pretrained import load_model
-from utils.checkpoint import load_tensors
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -154,31 +150,3 @@ def test_files_of_variants_are_refused(
     torch.save(change(build_model("wide-resnet-16-1").state_dict()), tmp_path / "net.pt")
     with pytest.raises(ValueError, match=message):
         load_model("net.pt", str(tmp_path), "cifar10")
-
-
-def test_a_run_its_fine_tuning_and_their_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    flags = ["--dataset=digits", "--n_ex_train=100", "--epochs=1", "--attack=apgd", "--at_iter=1", "--device=cpu"]
-    folder = train.main([*flags, "--arch=wide-resnet-10-1"])
-    config = json.loads((folder / "config.json").read_text())
-    assert (config["arch"], config["act"], config["width"], config["lr_max"]) == (
-        "wide-resnet-10-1",
-        "relu",
-        None,
-        0.05,
-    )
-    content = load_tensors(folder / "ep_1.pth")
-    spec = {"arch": "wide-resnet-10-1", "num_classes": 10, "in_channels": 1, "act": "relu"}
-    assert content["spec"] == spec
-    torch.save(content["state_dict"], "plain.pth")
-    for start, arch in ((f"{folder}/ep_1.pth", []), ("plain.pth", ["--arch=wide-resnet-10-1"])):
-        tuned = train.main([*flags, "--finetune_model", f"--model_name={start}", *arch])
-        config = json.loads((tuned / "config.json").read_text())
-        assert (config["arch"], config["act"], config["width"]) == ("wide-resnet-10-1", "relu", None)
-        assert config["lr_max"] == 0.01
-        assert load_tensors(tuned / "ep_1.pth")["spec"] == spec
-    accuracy = []
-    for name in (f"{folder}/ep_1.pth", "plain.pth"):
-        result = eval_script.main([f"--model_name={name}", "--dataset=digits", "--only_clean", "--device=cpu"])
-        accuracy.append(json.loads((result / "eval.json").read_text())["accuracy"]["clean"])
-    assert accuracy[0] == accuracy[1]

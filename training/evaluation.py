@@ -32,7 +32,7 @@ def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
         several = trainer.process.world_size > 1
         folder = run_on_rank0(lambda: emptied(trainer.folder / "eval")) if several else None
         plan = AttackPlan("fast", seed=trainer.config.seed)
-        figures[name] = evaluated(trainer, model, split.first(trainer.config.n_ex_eval), plan, folder).accuracies()
+        figures[name] = evaluated(trainer, model, split.take(trainer.config.n_ex_eval), plan, folder).accuracies()
         barrier()
         if folder and trainer.process.is_first:
             shutil.rmtree(folder)
@@ -44,7 +44,7 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
     start, config = time.time(), trainer.config
     folder = trainer.folder / suffix.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
-    test, plan = trainer.dataset.test.first(config.n_ex_final or 0), AttackPlan(seed=config.seed)
+    test, plan = trainer.dataset.test.take(config.n_ex_final or 0), AttackPlan(seed=config.seed)
     result = evaluated(trainer, model, test, plan, folder)
     if trainer.process.is_first:
         about = {"seconds": round(time.time() - start, 1), "settings": asdict(config)}

@@ -10,7 +10,7 @@ from torch import nn
 
 from config import TrainConfig
 from data import Dataset, load_dataset, load_extra
-from models import Spec, build_model
+from models import Spec, build_model, new_spec
 from models.pretrained import check_fits, check_one_point, load_model, rebuild
 from models.robustbench_zoo import published_preparation
 from utils.cli import blame
@@ -25,7 +25,7 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
     if state:
         spec = dict(state["spec"])
         with blame("--resume"):
-            model = rebuild(spec, config.model_name)
+            model = rebuild(spec, config.model_name or config.arch)
     elif config.finetune_model:
         with blame("--model_name"):
             loaded = load_model(config.model_name or "", config.model_dir, config.dataset, config.act, config.arch)
@@ -37,9 +37,10 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
         with blame("--extra_data"):
             dataset = replace(dataset, extra=load_extra(config.extra_data, dataset))
     if model is None:
-        spec = {"arch": config.arch, "num_classes": dataset.num_classes, "in_channels": dataset.shape[0]}
-        spec |= {"act": config.act} | ({"width": config.width} if config.width else {})
-        model = build_model(**spec)
+        arch, sizes = config.arch or "", {"num_classes": dataset.num_classes, "in_channels": dataset.shape[0]}
+        spec = new_spec(arch, **sizes, act=config.act, width=config.width)
+        with blame("--arch"):
+            model = build_model(arch, **sizes, act=config.act, width=config.width)
     return dataset, model, spec
 
 

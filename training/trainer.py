@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from attacks.multinorm import AdversarialBatch, Scheme
 from config import TrainConfig, scheme_of
-from data import Dataset, batches, mix, number_of_batches, on_device
+from data import BatchLoader, Dataset, mix, on_device
 from models import Spec
 from training.gradient_projection import GradientProjection
 from training.metrics import EpochMetrics, NonFiniteGuard
@@ -57,8 +57,10 @@ class Trainer:
         self.config, self.dataset, self.process, self.signals = config, dataset, process, signals
         self.model = sync_batchnorm(model, device) if config.sync_bn else model
         self.scheme = scheme_of(config)
-        self.data = on_device(training_data(config, dataset), device)
-        self.batches_per_pass = number_of_batches(len(self.data), config.batch_size, process.world_size)
+        data = on_device(training_data(config, dataset), device)
+        rank = process.rank, process.world_size
+        self.loader = BatchLoader(data, config.batch_size, config.seed, device, *rank, config.workers)
+        self.batches_per_pass = len(self.loader)
         self.lr_at = lr_schedule(config.lr_schedule or "", config.lr_max or 0.0)
         self.optimizer = sgd(config, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -112,21 +114,17 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """What is left of the pass over the data. The index is the batch's own: a loader may read ahead of the steps."""
-        config, first = self.config, self.step % self.batches_per_pass
-        rank = self.process.rank, self.process.world_size
-        found = batches(
-            self.data, config.batch_size, config.seed, self.epoch, self.process.device, first, rank, config.workers
-        )
+        first = self.step % self.batches_per_pass
         bar = tqdm(
-            found,
+            self.loader.epoch(self.epoch, first),
             total=self.batches_per_pass,
             initial=first,
-            desc=f"epoch {self.epoch + 1}/{config.epochs}",
+            desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
             leave=False,
             disable=None if self.process.is_first else True,
         )
         for index, (x, y) in enumerate(bar, start=first):
-            yield Batch(index, x, y, min(config.batch_size, len(self.data) - index * config.batch_size))
+            yield Batch(index, x, y, self.loader.num_examples(index))
 
     def attack(self, scheme: Scheme, batch: Batch) -> MicroBatches:
         """The scheme's adversarial examples, in micro-batches; the model in eval mode, its parameters without gradients."""
@@ -213,5 +211,5 @@ class Trainer:
 def training_data(config: TrainConfig, dataset: Dataset) -> Any:
     """The images to train on, mixed with the extra ones if there are any."""
     return mix(
-        dataset.train.first(config.n_ex_train or 0), dataset.extra, config.batch_size, config.extra_fraction or 0.0
+        dataset.train.take(config.n_ex_train or 0), dataset.extra, config.batch_size, config.extra_fraction or 0.0
     )

@@ -1,0 +1,96 @@
+"""The registry of networks: what --arch names is one `Network` object each, registered by a file of this folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.layers import ACTIVATIONS
+from models.own_function import build_own_function, split_own_function
+
+# What a checkpoint keeps to rebuild its network: the arguments of build_model, numbers and strings only.
+Spec = dict[str, Any]
+StateDict = dict[str, Tensor]
+FINETUNE_LR = 0.01  # highest learning rate of fine-tuning a network that has none of its own
+
+
+@dataclass(frozen=True)
+class Network:
+    """All that a network is: how it is built, the settings for flags left out, and how a plain state dict of it is recognised."""
+
+    name: str  # as --arch takes it; words in capitals stand for numbers: wide-resnet-DEPTH-WIDTH
+    summary: str  # its line in --help
+    build: Callable[..., nn.Module]  # build(*sizes(arch), num_classes=, in_channels=, act=[, width=])
+    recognise: Callable[
+        [StateDict], Spec | None
+    ]  # the spec, without act, that names and shapes tell; None: another network
+    small: Spec  # the arguments of build_model for one that the tests can train in seconds
+    act: str = "relu"  # activation
+    width: int | None = None  # channels of the first stage; None: --width has no meaning
+    finetune_lr: float = FINETUNE_LR  # highest learning rate of fine-tuning (arXiv 2105.12508, appendix A)
+    sizes: Callable[[str], tuple[int, ...]] = lambda arch: ()  # the numbers in a name; ValueError for bad ones
+    clean: Callable[[StateDict], StateDict] = lambda state: state  # a published state dict, without what no pass uses
+
+    def matches(self, arch: str) -> bool:
+        """Is `arch` a name of this network, with numbers or whatever else in the place of the capitals?"""
+        pattern = re.sub("[A-Z]+", ".*", self.name)
+        return re.fullmatch(pattern, arch) is not None
+
+
+NETWORKS: dict[str, Network] = {}
+
+
+def register_network(network: Network) -> None:
+    """Make a network known to --arch, --help, checkpoints and tests. Raises ValueError if the name is taken."""
+    if network.name in NETWORKS:
+        raise ValueError(f"there is a network {network.name} already")
+    NETWORKS[network.name] = network
+
+
+def find_network(arch: str) -> Network | None:
+    """The registered network that a name or a spec's `arch` means; None for one from elsewhere (RobustBench, one's own function)."""
+    return next((network for network in NETWORKS.values() if network.matches(arch)), None)
+
+
+def describe_networks() -> str:
+    """Every name that --arch takes and what it is, in one line: for --help and errors."""
+    lines = [f"{network.name} ({network.summary})" for network in NETWORKS.values()]
+    return ", ".join([*lines, "FILE.py:FUNCTION (a function of yours that returns a network)"])
+
+
+def build_model(arch: str, **kwargs: Any) -> nn.Module:
+    """A network with random weights, (B, C, H, W) in [0, 1] -> logits (B, num_classes).
+
+    arch: a registered name, or FILE.py:FUNCTION, which is called with those of num_classes and in_channels that it takes, and with
+    act and width if they are given. Raises ValueError, of one line, for an unknown name, activation or argument.
+    """
+    own = split_own_function(arch)
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    return build_own_function(own[0], **given) if own and not own[1] else build_known(arch, **given)
+
+
+def build_known(arch: str, **kwargs: Any) -> nn.Module:
+    """The same for what needs no file of the user's, so that a checkpoint's spec can't name code to run."""
+    if arch == "robustbench" and kwargs:
+        from models.robustbench_zoo import build_robustbench
+
+        return build_robustbench(**kwargs)
+    network = find_network(arch)
+    if network is None:
+        raise ValueError(f"unknown network {arch!r}; choose one of {describe_networks()}")
+    if kwargs.get("act", "relu") not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {kwargs['act']!r}; choose one of {' '.join(ACTIVATIONS)}")
+    if kwargs.get("width") and network.width is None:
+        raise ValueError(f"{arch} says its width itself, leave --width out")
+    return network.build(*network.sizes(arch), **kwargs)
+
+
+def new_spec(arch: str, **kwargs: Any) -> Spec:
+    """What the checkpoints of a network made by `build_model(arch, **kwargs)` keep. Arguments that are None are left out."""
+    own = split_own_function(arch)
+    source = {"arch": "function", "function": own[0]} if own else {"arch": arch}
+    return source | {name: value for name, value in kwargs.items() if value is not None}

@@ -1,0 +1,85 @@
+"""Networks that a function of one's own makes: FILE.py:FUNCTION."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+OPTIONAL = ("num_classes", "in_channels")  # known from the data set; a function need not take them
+
+
+def split_own_function(name: str) -> tuple[str, str | None] | None:
+    """FILE.py:FUNCTION and CHECKPOINT (None if there is none) of FILE.py:FUNCTION[@CHECKPOINT]; None for any other name."""
+    found = re.fullmatch(r"(.+\.py):(\w+)(?:@(.+))?", name)
+    return (f"{Path(found[1])}:{found[2]}", found[3]) if found else None
+
+
+def build_own_function(name: str, **kwargs: Any) -> nn.Module:
+    """The network that the function `name`, FILE.py:FUNCTION, makes of those of num_classes and in_channels that it takes, and of the rest.
+
+    Raises ValueError of one line: for a missing file or function, parameters that can't be met, an error inside the file (with its
+    place) and a result that is no torch.nn.Module.
+    """
+    path, _, function_name = name.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no file {file} to take the function {function_name} from")
+    function = getattr(_located(file, lambda: _import(file)), function_name, None)
+    if not callable(function):
+        raise ValueError(f"{file} has no function {function_name}")
+    arguments = _arguments(function, name, kwargs)
+    model = _located(file, lambda: function(**arguments))
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{function_name} in {file} must return a torch.nn.Module, it returned {type(model).__name__}")
+    return model
+
+
+def _import(file: Path) -> Any:
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _arguments(function: Callable[..., Any], name: str, offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered arguments that the function takes. Raises ValueError if it needs others, or can't take what was asked for."""
+    parameters = inspect.signature(function).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    passed = {key: value for key, value in offered.items() if takes_any or key in names}
+    needed = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in passed
+    ]
+    if needed:
+        raise ValueError(
+            f"{name} needs {', '.join(needed)}; passed by name are {', '.join(offered) or 'none'}: give the rest default values"
+        )
+    if refused := sorted(offered.keys() - passed.keys() - {*OPTIONAL}):
+        raise ValueError(f"{name} takes no {' or '.join(refused)}; leave --{' and --'.join(refused)} out")
+    return passed
+
+
+def _located(file: Path, call: Callable[[], Any]) -> Any:
+    """call(); what it raises becomes a ValueError of one line that names the place in the user's file."""
+    try:
+        return call()
+    except Exception as error:  # whatever a user's code raises
+        lines = [
+            line
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if Path(frame.f_code.co_filename).resolve() == file.resolve()
+        ]
+        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame
+        place = f"{file}, line {line}" if line else str(file)  # a function that the file imports is elsewhere
+        raise ValueError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
