@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 import torch
 
 from attacks.multinorm import SCHEMES, Option, Scheme, make_scheme
-from attacks.threat import NORMS, RADII, Threat, threats_for
+from attacks.norms import NORMS
+from attacks.plan import ATTACKS, AttackPlan
+from attacks.threat import Threat, threats
 from data import DATASETS, Dataset, FolderSplit
 from models import ACTIVATIONS, Spec, build_model, find_network
 from models.networks import FINETUNE_LR, describe_networks
@@ -137,7 +139,7 @@ class EvalConfig(Config):
     dataset: str | None = _data(None, "data set (the one the checkpoint was trained on, else cifar10)", choices=DATASETS)
     n_ex: int | None = _data(None, "test images, the first ones (1000, or all if there are fewer)", positive_int)
     l_norms: tuple[str, ...] = _attack(tuple(NORMS), "norms to attack in, with blanks between (=)", words)
-    attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=["standard", "fast", "autoattack"])
+    attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=ATTACKS)
     n_iter: int = _attack(100, "steps of each APGD run, at least 4 (=)", positive_int)
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", positive_int)
     n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", natural_int)
@@ -246,10 +248,9 @@ def _with_attack(config: TrainConfig) -> TrainConfig:
     scheme = SCHEMES[config.multinorm or "eat"]
     config = filled(config, {"multinorm": scheme.name if config.attack else None, "l_norms": scheme.norms})
     norms = config.l_norms or ()
-    with blame("--l_norms"):
-        threats_for(config.dataset, norms)
+    check_norms("--l_norms", norms)
     with blame("--l_eps"):
-        config = replace(config, l_eps=tuple(t.eps for t in threats_for(config.dataset, norms, config.l_eps)))
+        config = replace(config, l_eps=tuple(t.eps for t in threats_of(config.dataset, norms, config.l_eps)))
     steps: dict[str, int] = (
         {} if scheme.same_n_iter or mode_of(config) != "fine-tuning on imagenet" else STEPS["imagenet"]
     )
@@ -268,15 +269,29 @@ def _with_attack(config: TrainConfig) -> TrainConfig:
 
 def _with_evaluation(config: TrainConfig) -> TrainConfig:
     """Radii of the evaluations."""
-    with blame("--eval_norms"):
-        threats_for(config.dataset, config.eval_norms)
-    if config.eval_eps is None:
-        trained = dict(zip(config.l_norms or (), config.l_eps or (), strict=True)) if config.attack else {}
-        radii: dict[str, float] = {**RADII[config.dataset], **trained}  # type: ignore[dict-item]
-        config = replace(config, eval_eps=tuple(radii.get(norm, 1.0) for norm in config.eval_norms))
+    check_norms("--eval_norms", config.eval_norms)
+    trained = dict(zip(config.l_norms or (), config.l_eps or (), strict=True)) if config.attack else {}
     with blame("--eval_eps"):
-        threats_for(config.dataset, config.eval_norms, config.eval_eps)
-    return config
+        found = threats_of(config.dataset, config.eval_norms, config.eval_eps, trained)
+    return replace(config, eval_eps=tuple(threat.eps for threat in found))
+
+
+def check_norms(name: str, norms: Sequence[str]) -> None:
+    """Raises UsageError, of the flag `name`, for a norm that is unknown or named twice."""
+    with blame(name):
+        threats(norms, [1.0] * len(norms))
+
+
+def threats_of(
+    dataset: str, norms: Sequence[str], eps: Sequence[float] | None, others: Mapping[str, float] | None = None
+) -> list[Threat]:
+    """One threat model per norm: its radius in eps, or if that is None in `others`, else the data set's. Raises ValueError."""
+    radii = {**DATASETS[dataset].radii, **(others or {})}
+    if eps is None:
+        if missing := [norm for norm in norms if norm not in radii]:
+            raise ValueError(f"{dataset} has no radius of its own for {' '.join(missing)}, give one for each norm")
+        eps = [radii[norm] for norm in norms]
+    return threats(norms, eps)
 
 
 def scheme_of(config: TrainConfig) -> Scheme:
@@ -291,12 +306,12 @@ def scheme_of(config: TrainConfig) -> Scheme:
 
 def training_threats(config: TrainConfig) -> list[Threat]:
     """Of a resolved configuration."""
-    return threats_for(config.dataset, config.l_norms or (), config.l_eps)
+    return threats_of(config.dataset, config.l_norms or (), config.l_eps)
 
 
 def evaluation_threats(config: TrainConfig) -> list[Threat]:
     """Of a resolved configuration."""
-    return threats_for(config.dataset, config.eval_norms, config.eval_eps)
+    return threats_of(config.dataset, config.eval_norms, config.eval_eps)
 
 
 def completed(config: TrainConfig, spec: Spec, dataset: Dataset) -> TrainConfig:
@@ -345,10 +360,13 @@ def check_processes(config: TrainConfig, world_size: int) -> None:
 def checked_eval(config: EvalConfig) -> EvalConfig:
     """The configuration itself. Raises UsageError for flags that don't fit together."""
     check(config, EVAL_RULES)
-    with blame("--l_norms"):
-        threats_for("cifar10", config.l_norms)
-    with blame("--l_eps"):
-        threats_for("cifar10", config.l_norms, config.l_eps)
+    check_norms("--l_norms", config.l_norms)
+    if config.l_eps:
+        with blame("--l_eps"):
+            threats(config.l_norms, config.l_eps)
+    with blame("--attacks"):
+        for norm in config.l_norms:
+            AttackPlan(config.attacks).runs(norm, num_classes=2)
     return config
 
 

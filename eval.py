@@ -26,21 +26,23 @@ from typing import Any
 
 from torch import nn
 
-from attacks.threat import Threat, threats_for
-from config import EvalConfig, checked_eval, flags_given, make_parser
+from attacks.evaluator import Examples, Network
+from attacks.plan import AttackPlan
+from attacks.results import Evaluation, table
+from attacks.threat import Threat
+from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
 from data import Dataset, FolderSplit, Split, load_dataset
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.examples import worst_examples
 from evaluation.report import write_report
-from evaluation.results import Evaluation, evaluation_json, paired, robustbench_fields, runs_for
-from evaluation.threat_evaluator import AttackPlan, Points
+from evaluation.statistics import evaluation_json, paired, robustbench_fields
 from models.pretrained import Loaded, check_fits, load_model
 from models.robustbench_zoo import published_preparation
 from utils.checkpoint import fingerprint
 from utils.cli import UsageError, blame, usage_errors
 from utils.distributed import Process, choose_device, local_device, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.run_folder import difference_table, environment, new_folder, newest_folder, read_json, table, write_json
+from utils.run_folder import difference_table, environment, new_folder, newest_folder, read_json, write_json
 
 # An evaluation is resumed only if none of these changed. Not the device, the batch size or the number of processes.
 IDENTITY = (
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def load_data(config: EvalConfig, loaded: Loaded) -> tuple[Dataset, EvalConfig]:
     """The data set, and the configuration with what it tells. Raises UsageError."""
     dataset, size = config.dataset or "", config.image_size or loaded.about.get("image_size")
-    threats = [] if config.only_clean else threats_for(dataset, config.l_norms, config.l_eps)
+    with blame("--l_eps"):
+        threats = [] if config.only_clean else threats_of(dataset, config.l_norms, config.l_eps)
     with blame("--data_dir"):
         data = load_dataset(dataset, config.data_dir, size or 224, published_preparation(loaded.spec, size))
     of_files = isinstance(data.test, FolderSplit)
@@ -99,7 +102,7 @@ def evaluate_and_report(
     """Attack, print, save; the result's folder."""
     with blame("--data_dir"):
         test = data.test.take(config.n_ex or 0).in_memory()
-    threats = [] if config.only_clean else threats_for(config.dataset or "", config.l_norms, config.l_eps)
+    threats = [] if config.only_clean else threats_of(config.dataset or "", config.l_norms, config.l_eps)
     asked = identity(config, model, test, data, threats)
     parts = ["eval", config.dataset or "", *(config.model_name or "").split("/")[-2:], f"n{config.n_ex}"]
     # The first process chooses the folder; what went wrong there is told in all of them.
@@ -109,19 +112,24 @@ def evaluate_and_report(
         attacked = ", ".join(map(str, threats)) or "no attack"
         what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
         print(f"{what}: {attacked}; on {process.device}", flush=True)
-    points = Points(test.images, test.labels, test.levels)
-    plan = AttackPlan(
-        config.attacks, config.n_iter, config.n_restarts, config.n_targets, config.union_only, config.curve, config.amp
-    )
-    start, env, share = time.time(), environment(process.device), (process.rank, process.world_size)
-    result = evaluate(model, points, threats, process.device, plan, config.batch_size_eval, config.seed, folder, share)
+    examples = Examples(test.images, test.labels, test.levels)
+    options = EvaluationOptions(process, config.batch_size_eval, config.amp, config.curve)
+    start, env = time.time(), environment(process.device)
+    result = evaluate(model, examples, threats, attack_plan(config), options, folder)
     if process.is_first:
         finish(result, config, baseline, folder, env | {"seconds": time.time() - start})
-        examples = worst_examples(model, points, result, folder, data.class_names, process.device)
+        shown = worst_examples(Network(model, process.device), examples, result, folder, data.class_names)
         content = read_json(folder / "eval.json")
-        write_report(folder / "report.html", content, test.labels.tolist(), data.class_names, examples)
+        write_report(folder / "report.html", content, test.labels.tolist(), data.class_names, shown)
         print(f"saved in {folder}; open report.html there to look at it")
     return folder
+
+
+def attack_plan(config: EvalConfig) -> AttackPlan:
+    """What the flags ask for."""
+    return AttackPlan(
+        config.attacks, config.n_iter, config.n_restarts, config.n_targets, config.union_only, config.seed
+    )
 
 
 def identity(
@@ -131,11 +139,8 @@ def identity(
     found = {name: getattr(config, name) for name in IDENTITY} | {"network": fingerprint(model)}
     if isinstance(data.test, FolderSplit):
         found["points"] = images_fingerprint(test)  # the data set's name does not tell which they are
-    runs = [
-        f"{threat}: {run}"
-        for threat in threats
-        for run in runs_for(config.attacks, threat.norm, data.num_classes, config.n_restarts, config.n_targets)
-    ]
+    plan = attack_plan(config)
+    runs = [f"{threat}: {run}" for threat in threats for run in plan.runs(threat.norm, data.num_classes)]
     return json.loads(json.dumps(found)) | {"runs": runs}
 
 

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attacks.apgd import Model, expand_per_example, loss_and_grad, select_per_example, steepest
-from attacks.losses import cross_entropy
-from attacks.projections import project
-from attacks.threat import Threat
+from .apgd import Model, expand_per_example, loss_and_grad, select_per_example
+from .losses import cross_entropy
+from .threat import Threat
 
-L1_SHARE = 0.01  # of the entries, at least one, that an L1 step moves: highest loss on CIFAR-10 (docs/log.md)
+# Of the entries, at least one, that a sparse (L1) step moves: highest loss on CIFAR-10 (docs/log.md).
+TOP_FRACTION = 0.01
 STEPS_TO_CROSS = 5  # a threat's step is eps * this / n_iter: eps / 10 in 50 steps, as published for CIFAR-10
 
 
 def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: int) -> tuple[Tensor, Tensor]:
-    """Points (B, ...) of highest loss that a run from x meets, and the threat (B,) int64 whose step led there and whose ball holds it.
+    """x_adv (B, ...) of highest loss that a run from x meets, and the threat (B,) int64 whose step led there and whose ball holds it.
 
     Each step tries every threat's steepest one, projected on that threat's ball and the box, and keeps the one of highest loss:
     n_iter backward and n_iter * (1 + number of threats) forward passes. The model should be in eval mode.
@@ -42,10 +42,10 @@ def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: i
     return x + best, threat
 
 
-def _step(delta: Tensor, grad: Tensor, x: Tensor, threat: Threat, share: float) -> Tensor:
-    """delta after the threat's steepest step of length share * eps among the entries that the box lets move, in ball and box."""
+def _step(delta: Tensor, grad: Tensor, x: Tensor, threat: Threat, length: float) -> Tensor:
+    """delta after the threat's steepest step of length * eps among the entries that the box lets move, in ball and box."""
     eps = torch.full((len(x),), threat.eps, device=x.device, dtype=x.dtype)
-    keep = torch.full_like(eps, L1_SHARE * x[0].numel())
+    keep = torch.full_like(eps, TOP_FRACTION * x[0].numel())
     at_edge = torch.where(grad > 0, x + delta >= 1, x + delta <= 0)
-    new = delta + share * threat.eps * steepest(torch.where(at_edge, 0, grad), threat.norm, keep)
-    return project(new, x, threat.norm, eps)
+    new = delta + length * threat.eps * threat.spec.steepest(torch.where(at_edge, 0, grad), keep)
+    return threat.spec.project(new, x, eps)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.apgd import Model, apgd, apgd_each, select_per_example
-from attacks.losses import cross_entropy
-from attacks.msd import msd
-from attacks.threat import Threat
+from .apgd import Model, apgd, apgd_each, select_per_example
+from .losses import cross_entropy
+from .msd import msd
+from .threat import Threat
 
 
 @dataclass(frozen=True)

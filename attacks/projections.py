@@ -11,23 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-from attacks.threat import Norm
 
-
-def project(delta: Tensor, x: Tensor, norm: Norm, eps: Tensor) -> Tensor:
-    """Nearest point to delta (B, ...) in the norm's ball of radius eps (B,) with x + delta in [0, 1]."""
-    match norm:
-        case "Linf":
-            return project_linf(delta, x, eps)
-        case "L2":
-            return project_l2(delta, x, eps)
-        case "L1":
-            return project_l1(delta, x, eps)
+def expand_per_example(per_example: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1), to meet `like` (B, ...)."""
+    return per_example.view(-1, *[1] * (like.dim() - 1))
 
 
 def project_linf(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     """Nearest point to delta (B, ...) with |delta_i| <= eps (B,) and x + delta in [0, 1]."""
-    eps = eps.view(-1, *[1] * (x.dim() - 1))
+    eps = expand_per_example(eps, x)
     return torch.minimum(torch.maximum(delta, (-x).clamp(min=-eps)), (1 - x).clamp(max=eps))
 
 

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-Norm = Literal["Linf", "L2", "L1"]
-NORMS: tuple[Norm, ...] = get_args(Norm)
-
-RADII: dict[str, dict[Norm, float]] = {
-    "cifar10": {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
-    "cifar100": {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
-    "imagenet": {"Linf": 4 / 255, "L2": 2.0, "L1": 255.0},  # for 224 pixels
-    "imagefolder": {"Linf": 4 / 255, "L2": 2.0, "L1": 255.0},
-    "digits": {"Linf": 0.1, "L2": 0.4, "L1": 2.0},  # how they were chosen: docs/digits.md
-}
+from .norms import NORMS, NormSpec
 
 
 @dataclass(frozen=True)
 class Threat:
     """What the adversary may do: ||delta||_norm <= eps and x + delta in [0, 1]. Raises ValueError for a bad norm or radius."""
 
-    norm: Norm
+    norm: str  # one of NORMS: "Linf", "L2", "L1"
     eps: float  # in pixels of [0, 1]: 8/255, 0.5, 12
 
     def __post_init__(self) -> None:
@@ -37,25 +27,26 @@ class Threat:
     def __str__(self) -> str:
         return f"{self.norm} {self.eps:.4g}"
 
+    @property
+    def spec(self) -> NormSpec:
+        """All that is known of the norm."""
+        return NORMS[self.norm]
+
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """(B,) bool: is x_adv (B, ...) an allowed version of x (B, ...)? False for NaN.
 
         The box is checked to the bit, the ball in float64 up to the rounding of float32 pixels: an error of 2**-24 a pixel.
         """
         inside = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-        delta = (x_adv.double() - x.double()).flatten(1)
-        order = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}[self.norm]
-        rounding = torch.linalg.vector_norm(torch.full_like(delta[:1], 2.0**-24), ord=order, dim=1)
-        return inside & (torch.linalg.vector_norm(delta, ord=order, dim=1) <= self.eps * (1 + 1e-6) + rounding)
+        delta = x_adv.double() - x.double()
+        rounding = self.spec.size(torch.full_like(delta[:1], 2.0**-24))
+        return inside & (self.spec.size(delta) <= self.eps * (1 + 1e-6) + rounding)
 
 
-def threats_for(dataset: str, norms: Sequence[str], eps: Sequence[float] | None = None) -> list[Threat]:
-    """One threat per norm, with the data set's published radius where eps is None. Raises ValueError."""
+def threats(norms: Sequence[str], radii: Sequence[float]) -> list[Threat]:
+    """One threat model per norm, with its radius in pixels of [0, 1]. Raises ValueError."""
     if len(set(norms)) != len(norms):
         raise ValueError(f"each norm may be named once, got {' '.join(norms)}")
-    if eps is not None and len(eps) != len(norms):
-        raise ValueError(f"one radius for each norm is needed: {len(norms)} ({' '.join(norms)}), got {len(eps)}")
-    if dataset not in RADII:
-        raise ValueError(f"no radii are known for the data set {dataset!r}; it must be one of {' '.join(RADII)}")
-    chosen = eps or [RADII[dataset].get(cast(Norm, norm), 1.0) for norm in norms]
-    return [Threat(cast(Norm, norm), radius) for norm, radius in zip(norms, chosen, strict=True)]
+    if len(radii) != len(norms):
+        raise ValueError(f"one radius for each norm is needed: {len(norms)} ({' '.join(norms)}), got {len(radii)}")
+    return [Threat(norm, radius) for norm, radius in zip(norms, radii, strict=True)]

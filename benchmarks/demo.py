@@ -17,7 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
-from utils.run_folder import new_folder, table
+from attacks.results import table
+from utils.run_folder import new_folder
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, EXAMPLES = 20, 100

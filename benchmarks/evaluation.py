@@ -17,20 +17,23 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
-from attacks.threat import NORMS, Threat, threats_for
+from attacks.evaluator import Examples
+from attacks.norms import NORMS
+from attacks.plan import AttackPlan
+from attacks.threat import Threat
+from config import threats_of
 from data import load_dataset
-from evaluation.evaluate import evaluate
-from evaluation.results import accuracy_table
-from evaluation.threat_evaluator import AttackPlan, Points
+from evaluation.evaluate import EvaluationOptions, evaluate
 from models.pretrained import load_model
 from utils.cli import Parser, add_flag, floats, natural_int, positive_int, words
-from utils.distributed import choose_device
+from utils.distributed import Process, choose_device
+from utils.precision import Amp
 
-OURS = {
-    "ours, standard": AttackPlan(),
-    "ours, standard, bf16": AttackPlan(amp="bf16"),
-    "ours, union only": AttackPlan(union_only=True),
-    "ours, union only, bf16": AttackPlan(union_only=True, amp="bf16"),
+OURS: dict[str, tuple[bool, Amp]] = {  # union only, format of the attack's passes
+    "ours, standard": (False, "off"),
+    "ours, standard, bf16": (False, "bf16"),
+    "ours, union only": (True, "off"),
+    "ours, union only, bf16": (True, "bf16"),
 }
 OTHER = "pyautoattack"
 
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.model_name, args.model_dir, args.dataset).model.eval().to(device).requires_grad_(False)
     test = load_dataset(args.dataset, args.data_dir).test.take(args.n_ex).in_memory()
     x, y = test.pixels()
-    threats = threats_for(args.dataset, args.l_norms, args.l_eps)
+    threats = threats_of(args.dataset, args.l_norms, args.l_eps)
     print(
         f"{args.model_name}, {args.n_ex} points, {', '.join(map(str, threats))}; {torch.get_num_threads()} threads, {device}"
     )
@@ -96,11 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name == OTHER:
             rows = library(counted, x.to(device), y.to(device), threats, args.batch_size_eval)
         else:
-            points = Points(test.images, test.labels, test.levels)
-            result = evaluate(
-                counted, points, threats, device, OURS[name], args.batch_size_eval, args.seed, progress=False
-            )
-            rows = {key: row["accuracy"] for key, row in accuracy_table(result).items() if key != "average"}
+            union_only, amp = OURS[name]
+            examples = Examples(test.images, test.labels, test.levels)
+            plan = AttackPlan(union_only=union_only, seed=args.seed)
+            options = EvaluationOptions(Process(device), args.batch_size_eval, amp, progress=False)
+            result = evaluate(counted, examples, threats, plan, options)
+            rows = {key: row["accuracy"] for key, row in result.accuracies().items() if key != "average"}
         told = ", ".join(f"{key} {value:g}" for key, value in rows.items())
         print(f"| {name} | {counted.images} | {time.time() - start:.0f} | {told} |", flush=True)
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -29,20 +30,22 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
-import attacks.apgd as apgd_module
 import train
 from attacks.multinorm import AdversarialBatch, Scheme
+from attacks.norms import NORMS
 from attacks.projections import project_l1
-from attacks.threat import NORMS, Norm, Threat, threats_for
+from attacks.threat import Threat
 from benchmarks import libraries
+from config import threats_of
 from data import BatchLoader, Split, load_dataset
 from models import build_model
 from utils.cli import Parser, add_flag, positive_int, words
 from utils.modules import eval_mode, no_param_grad
 from utils.precision import Amp, autocast_model, keep_freed_memory
 
+apgd_module = import_module("attacks.apgd")  # `attacks.apgd` itself is the function
 CPU = torch.device("cpu")
-KEY_NORMS: tuple[Norm, Norm] = ("Linf", "L1")
+KEY_NORMS = ("Linf", "L1")
 WAYS: dict[str, Amp | None] = {"plain": None, "float32": "off", "bf16": "bf16"}
 Work = Callable[[], Any]
 
@@ -96,7 +99,7 @@ def plain_forward(block: Any, x: Tensor) -> Tensor:
     return out + skip
 
 
-def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
+def updater(batch_size: int, amp: Amp | None) -> Callable[[str, int], None]:
     """An update after so many steps of an attack in a norm; amp None: the plain way, with adv-lib's APGD."""
     model = network(plain=amp is None).train()
     forward = autocast_model(model, CPU, amp or "off")
@@ -107,8 +110,8 @@ def updater(batch_size: int, amp: Amp | None) -> Callable[[Norm, int], None]:
 
     standard = Scheme([])
 
-    def update(norm: Norm, n_iter: int) -> None:
-        [threat] = threats_for("cifar10", [norm])
+    def update(norm: str, n_iter: int) -> None:
+        [threat] = threats_of("cifar10", [norm], None)
         if amp is None:
             model.eval()
             x_adv = libraries.adv_lib(model, x, y, threat, n_iter)
@@ -135,11 +138,11 @@ def timed_passes() -> Iterator[list[float]]:
         spent.append(time.perf_counter() - start)
         return found
 
-    apgd_module.loss_and_grad = timed  # type: ignore[assignment]
+    apgd_module.loss_and_grad = timed  # type: ignore[attr-defined]
     try:
         yield spent
     finally:
-        apgd_module.loss_and_grad = loss_and_grad
+        apgd_module.loss_and_grad = loss_and_grad  # type: ignore[attr-defined]
 
 
 def rows_update(batch_size: int, runs: int) -> None:
@@ -161,7 +164,7 @@ def rows_update(batch_size: int, runs: int) -> None:
         row(f"peak memory of a training step, {way}", over(peaks, "plain", way), "at least 1", more)
 
 
-def print_update(batch_size: int, way: str, norm: Norm) -> None:
+def print_update(batch_size: int, way: str, norm: str) -> None:
     """Seconds of an update, and peak MB over what the process had before any. Linux only."""
     if way != "plain":
         keep_freed_memory()  # as train.py does
@@ -182,7 +185,7 @@ def rows_overhead(batch_size: int, runs: int) -> None:
     """Time of the attack over time of its passes, in one and the same run."""
     model = network(plain=False).eval().requires_grad_(False)
     x, y = torch.rand(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
-    for threat in threats_for("cifar10", NORMS):
+    for threat in threats_of("cifar10", list(NORMS), None):
         ratios = []
         for _ in range(runs):
             with timed_passes() as spent:
@@ -217,10 +220,10 @@ def rows_libraries(batch_size: int, runs: int) -> None:
 
     def ours(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, n_iter: int) -> Tensor:
         start = None if threat.norm == "L1" else random_start(x, threat)
-        share = apgd_module.EVALUATION_SHARE
-        return apgd_module.apgd(model, x, y, threat, n_iter, delta_init=start, share=share).x_best
+        fraction = apgd_module.EVALUATION_TOP_FRACTION
+        return apgd_module.apgd(model, x, y, threat, n_iter, delta_init=start, top_fraction=fraction).x_best
 
-    for threat in threats_for("digits", NORMS):
+    for threat in threats_of("digits", list(NORMS), None):
         for n_iter in (10, 100):
             used = {n: f for n, f in libraries.ATTACKS.items() if threat.norm in libraries.NORMS_OF[n]} | {"ours": ours}
             works: dict[str, Work] = {name: partial(f, model, x, y, threat, n_iter) for name, f in used.items()}

@@ -13,18 +13,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COLOURS = {"clean": "#555555", "Linf": "#0072b2", "L2": "#009e73", "L1": "#d55e00", "union": "#000000"}
+from attacks.norms import NORMS
+
+COLOURS = {"clean": "#555555", "union": "#000000"}
 
 
 @dataclass(frozen=True)
-class Example:
-    """A point under attack: images (H, W, C) in [0, 1]; what the network says of each, and how sure it is (a share of 1)."""
+class ShownImage:
+    """An image (H, W, C) in [0, 1], the class that the network predicts, and its probability."""
+
+    image: NDArray[Any]
+    predicted: str
+    confidence: float
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example's label, clean image, and those that broke it, by norm."""
 
     label: str
-    clean: NDArray[Any]
-    said: str
-    sure: float
-    attacked: dict[str, tuple[NDArray[Any], str, float]]  # norm -> image, answer, how sure; norms that broke it alone
+    clean: ShownImage
+    adversarial: dict[str, ShownImage]
 
 
 def write_report(
@@ -32,9 +41,9 @@ def write_report(
     content: dict[str, Any],
     labels: Sequence[int],
     class_names: Sequence[str],
-    examples: Sequence[Example],
+    examples: Sequence[ShownExample],
 ) -> None:
-    """Write the page from eval.json's content, the points' labels (N,) and some examples."""
+    """Write the page from eval.json's content, all labels (N,) and some examples."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     settings, env = content["settings"], content["environment"]
@@ -68,10 +77,10 @@ def _classes(outcomes: dict[str, list[int]], labels: Sequence[int], class_names:
     axes = figure.subplots()
     width = 0.8 / len(outcomes)
     for i, (name, values) in enumerate(outcomes.items()):
-        shares = [
+        heights = [
             100 * np.mean(np.array(values)[y == k]) if (y == k).any() else np.nan for k in range(len(class_names))
         ]
-        axes.bar(np.arange(len(class_names)) + i * width, shares, width, label=name, color=COLOURS.get(name))
+        axes.bar(np.arange(len(class_names)) + i * width, heights, width, label=name, color=_colour(name))
     counts = [int((y == k).sum()) for k in range(len(class_names))]
     axes.set_xticks(
         np.arange(len(class_names)) + 0.4 - width / 2,
@@ -87,11 +96,11 @@ def _curve(curve: dict[str, list[list[float]]]) -> dict[str, str]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axes, (norm, points) in zip(
+    for axes, (norm, rows) in zip(
         np.atleast_1d(figure.subplots(1, len(curve), sharey=True)), curve.items(), strict=True
     ):
-        radii, accuracy = zip(*points, strict=True)
-        axes.plot(radii, accuracy, marker="o", color=COLOURS.get(norm))
+        radii, accuracy = zip(*rows, strict=True)
+        axes.plot(radii, accuracy, marker="o", color=_colour(norm))
         axes.axvline(radii[len(radii) // 2], color="#999999", linestyle=":", label="the evaluation's radius")
         axes.set(title=norm, xlabel="radius (pixels in [0, 1])", ylim=(0, 100))
         axes.grid(alpha=0.3)
@@ -104,7 +113,7 @@ def _curve(curve: dict[str, list[list[float]]]) -> dict[str, str]:
     return _picture(figure, "Security curves", text)
 
 
-def _grid(examples: Sequence[Example], norms: Sequence[str]) -> dict[str, str]:
+def _grid(examples: Sequence[ShownExample], norms: Sequence[str]) -> dict[str, str]:
     """A row an example: clean, and for each norm the image that broke it and the difference, magnified."""
     from matplotlib.figure import Figure
 
@@ -114,15 +123,15 @@ def _grid(examples: Sequence[Example], norms: Sequence[str]) -> dict[str, str]:
     for row, example in zip(grid, examples, strict=True):
         for axes in row:
             axes.set_axis_off()
-        _show(row[0], example.clean, f"label {example.label}\n{_answer(example.said, example.sure)}")
+        _show(row[0], example.clean.image, f"label {example.label}\n{_answer(example.clean)}")
         for i, norm in enumerate(norms):
-            if norm not in example.attacked:
-                row[2 * i + 1].text(0.5, 0.5, f"stands\nin {norm}", ha="center", va="center", color="#666666")
+            if norm not in example.adversarial:
+                row[2 * i + 1].text(0.5, 0.5, f"not broken\nin {norm}", ha="center", va="center", color="#666666")
                 continue
-            image, said, sure = example.attacked[norm]
-            difference = image - example.clean
+            found = example.adversarial[norm]
+            difference = found.image - example.clean.image
             largest = max(float(np.abs(difference).max()), 1e-12)
-            _show(row[2 * i + 1], image, f"{norm}\n{_answer(said, sure)}")
+            _show(row[2 * i + 1], found.image, f"{norm}\n{_answer(found)}")
             _show(row[2 * i + 2], 0.5 + difference / largest / 2, f"difference\nx {0.5 / largest:.3g}")
     text = (
         "Left the clean image with its label; then for each norm the image that broke it, what the network says of it and how sure it is, "
@@ -132,8 +141,12 @@ def _grid(examples: Sequence[Example], norms: Sequence[str]) -> dict[str, str]:
     return _picture(figure, "Examples", text)
 
 
-def _answer(said: str, sure: float) -> str:
-    return f"{said}, {100 * sure:.0f} %"
+def _colour(name: str) -> str | None:
+    return NORMS[name].colour if name in NORMS else COLOURS.get(name)
+
+
+def _answer(shown: ShownImage) -> str:
+    return f"{shown.predicted}, {100 * shown.confidence:.0f} %"
 
 
 def _show(axes: Any, image: NDArray[Any], title: str) -> None:

@@ -1,4 +1,4 @@
-"""A network for the tests of the evaluation, and processes that run train.py."""
+"""A network for the tests of the evaluation, and processes that run train.py or eval.py."""
 
 import copy
 import multiprocessing
@@ -58,32 +58,37 @@ def network(trained: nn.Module) -> nn.Module:
 
 # Processes are forked from one that has imported what takes seconds: PyTorch, and its compiler, which an optimizer asks for.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "torch._dynamo", "sklearn.datasets"])
+SERVER.set_forkserver_preload(["train", "eval", "torch._dynamo", "sklearn.datasets"])
 BEGIN = """
-import os, sys, train
+import importlib, os, sys
+sys.argv = [script + ".py", *flags]
+main = importlib.import_module(script).main
 os.environ.update(environment)
 os.chdir(place)
 for stream, path in ((sys.stdout, out), (sys.stderr, out + ".err")):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-train.main(flags)
+main(flags)
 """
 
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ForkServerProcess]]:
-    """launch(*flags, out=, environment=): a real run of train.py in this folder, quick to start; out and out.err get what it says."""
+    """launch(*flags, script=, out=, environment=): a real run of train.py here, quick to start; out and out.err get what it says."""
     folder, started = tmp_path_factory.mktemp("launch"), []
-    script = folder / "begin.py"
-    script.write_text(BEGIN)
+    begin = folder / "begin.py"
+    begin.write_text(BEGIN)
 
-    def start(*flags: str, out: str = "", environment: dict[str, str] | None = None) -> ForkServerProcess:
+    def start(
+        *flags: str, script: str = "train", out: str = "", environment: dict[str, str] | None = None
+    ) -> ForkServerProcess:
         names = {
+            "script": script,
             "flags": flags,
             "out": out or str(folder / "out"),
             "place": str(Path.cwd()),
             "environment": environment or {},
         }
-        process = SERVER.Process(target=runpy.run_path, args=(str(script), names))
+        process = SERVER.Process(target=runpy.run_path, args=(str(begin), names))
         process.start()
         started.append(process)
         return process

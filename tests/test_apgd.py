@@ -11,21 +11,14 @@ import torch.nn.functional as F
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from attacks.apgd import (
-    APGD,
-    EVALUATION_SHARE,
-    APGDState,
-    AttackResult,
-    HalvingController,
-    apgd,
-    kth_largest,
-    loss_and_grad,
-    shrinking,
-)
+from attacks.apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, AttackResult, apgd, loss_and_grad
+from attacks.controllers import HalvingController
+from attacks.directions import kth_largest
 from attacks.losses import cross_entropy, dlr, margin_targeted
-from attacks.projections import project
-from attacks.threat import NORMS, Norm, Threat, threats_for
-from data import load_dataset
+from attacks.norms import NORMS, shrinking
+from attacks.projections import project_l1
+from attacks.threat import Threat
+from data import DATASETS, load_dataset
 from models.preact_resnet import PreActResNet18
 
 
@@ -38,12 +31,12 @@ def apgd_shrinking(  # how evaluation runs L1, here for every norm
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     delta_init: Tensor | None = None,
 ) -> AttackResult:
-    return apgd(model, x, y, threat, 0, loss, delta_init, EVALUATION_SHARE, shrinking(threat.eps, n_iter))
+    return apgd(model, x, y, threat, 0, loss, delta_init, EVALUATION_TOP_FRACTION, shrinking(threat.eps, n_iter))
 
 
 Attack = Callable[..., AttackResult]
 ATTACKS = [(apgd, norm) for norm in NORMS] + [(apgd_shrinking, norm) for norm in NORMS]
-RADII: dict[Norm, float] = {"Linf": 0.1, "L2": 0.7, "L1": 4.0}
+RADII: dict[str, float] = {"Linf": 0.1, "L2": 0.7, "L1": 4.0}
 SHAPE = (3, 8, 8)
 ROWS = 16
 
@@ -114,7 +107,7 @@ def surface(x: Tensor, threat: Threat) -> Tensor:
 
 
 def gap(attack: Attack, x: Tensor, y: Tensor, threat: Threat, delta_init: Tensor | None = None) -> float:
-    """Share of the best possible gain of a linear margin that the attack misses, at worst over the examples."""
+    """Fraction of the best possible gain of a linear margin that the attack misses, at worst over the examples."""
     model = Linear()
     target = (y + 1) % 4
     loss = partial(margin_targeted, target=target)
@@ -137,13 +130,13 @@ def gap(attack: Attack, x: Tensor, y: Tensor, threat: Threat, delta_init: Tensor
         (apgd, "L2", "random", 1e-5),
         # L1's direction is spent on the steepest entries, also where they touch the box: seen 0.237, 0.021, 0.020.
         (apgd, "L1", "clean", 0.25),
-        (partial(apgd, share=EVALUATION_SHARE), "L1", "clean", 0.025),
+        (partial(apgd, top_fraction=EVALUATION_TOP_FRACTION), "L1", "clean", 0.025),
         (apgd, "L1", "random", 0.025),
         (apgd_shrinking, "L1", "clean", 0.025),  # seen 0.0193 and 0.0183
         (apgd_shrinking, "L1", "random", 0.025),
     ],
 )
-def test_reaches_the_best_margin_of_a_linear_model(attack: Attack, norm: Norm, start: str, tolerance: float) -> None:
+def test_reaches_the_best_margin_of_a_linear_model(attack: Attack, norm: str, start: str, tolerance: float) -> None:
     (x, y), threat = points(), Threat(norm, RADII[norm])
     noise = surface(x, threat) if start == "random" else None
     missed = gap(attack, x, y, threat, noise)
@@ -151,7 +144,7 @@ def test_reaches_the_best_margin_of_a_linear_model(attack: Attack, norm: Norm, s
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("Linf", 1), ("L2", 2), ("L1", float("inf"))])
-def test_without_the_box_the_gain_is_eps_times_the_dual_norm(norm: Norm, dual: float) -> None:
+def test_without_the_box_the_gain_is_eps_times_the_dual_norm(norm: str, dual: float) -> None:
     _, y = points()
     x = torch.full((ROWS, *SHAPE), 0.5)
     threat = Threat(norm, 0.05)
@@ -171,7 +164,7 @@ def test_without_the_box_the_gain_is_eps_times_the_dual_norm(norm: Norm, dual: f
 
 @pytest.mark.parametrize("loss", [cross_entropy, dlr, "margin"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_two_classes_or_more_break_where_a_linear_model_can_be_broken(norm: Norm, loss: object) -> None:
+def test_two_classes_or_more_break_where_a_linear_model_can_be_broken(norm: str, loss: object) -> None:
     """An example breaks when the best gain is larger than its margin, and only then; those at the border left out."""
     x, y = points(32, 2)
     model = Linear(2)
@@ -196,7 +189,7 @@ def test_two_classes_or_more_break_where_a_linear_model_can_be_broken(norm: Norm
 @pytest.mark.parametrize(("attack", "norm"), ATTACKS)
 @pytest.mark.parametrize("start", ["clean", "random"])
 @pytest.mark.parametrize("n_iter", [4, 15])
-def test_promises_of_the_result(attack: Attack, norm: Norm, start: str, n_iter: int) -> None:
+def test_promises_of_the_result(attack: Attack, norm: str, start: str, n_iter: int) -> None:
     model, (x, y) = convolutions(), points(classes=5)
     y = torch.where(torch.arange(ROWS) < 12, model(x).argmax(1), y)  # most are right at first
     threat = Threat(norm, RADII[norm] / 2)
@@ -212,7 +205,7 @@ def test_promises_of_the_result(attack: Attack, norm: Norm, start: str, n_iter: 
         misclassified_best = model(result.x_best).argmax(1) != y
         wrong_at_first = model(x).argmax(1) != y
         if attack is apgd:
-            first = x if delta is None else x + project(delta, x, norm, torch.full((ROWS,), threat.eps))
+            first = x if delta is None else x + NORMS[norm].project(delta, x, torch.full((ROWS,), threat.eps))
             assert bool((result.loss >= cross_entropy(model(first), y) - 1e-6).all())
     assert bool(result.broken[misclassified_best].all())
     assert torch.equal(result.x_adv[~result.broken], x[~result.broken])
@@ -249,7 +242,7 @@ class Counter:
 
 @pytest.mark.parametrize("n_iter", [1, 2, 10, 33])
 @pytest.mark.parametrize("norm", NORMS)
-def test_number_of_passes(norm: Norm, n_iter: int) -> None:
+def test_number_of_passes(norm: str, n_iter: int) -> None:
     counter, (x, y) = Counter(Linear()), points()
     apgd(counter, x, y, Threat(norm, RADII[norm]), n_iter)
     assert (counter.forwards, counter.backwards) == (n_iter + 1, n_iter)
@@ -265,15 +258,15 @@ def test_shrinking_has_three_stages(n_iter: int, stages: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_stages_are_runs_in_turn(norm: Norm) -> None:
+def test_stages_are_runs_in_turn(norm: str) -> None:
     """A stage is a run of its own from the projection of the best point before; only the last one's points count."""
     model, (x, y) = convolutions().double(), points(classes=5)
     x = x.double()  # the rounding of x_best - x would grow
     delta = RADII[norm] * torch.randn(x.shape, generator=generator(5))
     stages = [(2 * RADII[norm], 6), (RADII[norm], 11)]
-    together = apgd(model, x, y, Threat(norm, RADII[norm]), delta_init=delta, share=0.2, stages=stages)
-    first = apgd(model, x, y, Threat(norm, stages[0][0]), 6, delta_init=delta, share=0.2)
-    second = apgd(model, x, y, Threat(norm, stages[1][0]), 11, delta_init=first.x_best - x, share=0.2)
+    together = apgd(model, x, y, Threat(norm, RADII[norm]), delta_init=delta, top_fraction=0.2, stages=stages)
+    first = apgd(model, x, y, Threat(norm, stages[0][0]), 6, delta_init=delta, top_fraction=0.2)
+    second = apgd(model, x, y, Threat(norm, stages[1][0]), 11, delta_init=first.x_best - x, top_fraction=0.2)
     for name in ("x_best", "x_adv", "loss"):
         torch.testing.assert_close(getattr(together, name), getattr(second, name), rtol=1e-4, atol=1e-5)
     assert torch.equal(together.broken, second.broken)
@@ -283,19 +276,19 @@ def test_a_stage_of_l1_starts_at_the_projection_of_the_best_point_and_keeps_its_
     model, (x, y) = convolutions().double(), points(classes=5)
     x, radius = x.double(), torch.full((len(x),), RADII["L1"], dtype=torch.float64)
     delta = RADII["L1"] * torch.randn(x.shape, generator=generator(5))
-    first = apgd(model, x, y, Threat("L1", 2 * RADII["L1"]), 6, delta_init=delta, share=0.2)
+    first = apgd(model, x, y, Threat("L1", 2 * RADII["L1"]), 6, delta_init=delta, top_fraction=0.2)
     run = APGD("L1", [(2 * RADII["L1"], 6), (RADII["L1"], 11)], 0.2, x.device)
     rows = run.begin(x, delta)
     for _ in range(8):
         judged = rows.delta
-        run.observe(rows, *loss_and_grad(model, x + judged, y, cross_entropy, True)[:2])
+        run.receive(rows, *loss_and_grad(model, x + judged, y, cross_entropy, True)[:2])
         run.move(rows)
-    torch.testing.assert_close(judged, project(first.x_best - x, x, "L1", radius), rtol=0, atol=1e-9)
+    torch.testing.assert_close(judged, project_l1(first.x_best - x, x, radius), rtol=0, atol=1e-9)
     torch.testing.assert_close(rows.keep, (judged != 0).flatten(1).sum(1) / 1.5, check_dtype=False)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_rows_out_of_step_go_the_same_way(norm: Norm) -> None:
+def test_rows_out_of_step_go_the_same_way(norm: str) -> None:
     """APGDState that join late and leave early, as in evaluation, see the points that they would see alone."""
     model, (x, y) = convolutions(), points(classes=5)
     run = APGD(norm, [(2 * RADII[norm], 4), (RADII[norm], 9)], 0.2, x.device)
@@ -304,7 +297,7 @@ def test_rows_out_of_step_go_the_same_way(norm: Norm) -> None:
     def turn(rows: APGDState, who: Tensor) -> None:
         for i, image in zip(who.tolist(), rows.x + rows.delta, strict=True):
             seen[i].append(image)
-        run.observe(rows, *loss_and_grad(model, rows.x + rows.delta, y[who], cross_entropy, with_grad=True)[:2])
+        run.receive(rows, *loss_and_grad(model, rows.x + rows.delta, y[who], cross_entropy, with_grad=True)[:2])
 
     who = torch.arange(ROWS // 2)
     rows = run.begin(x[who])
@@ -323,7 +316,7 @@ def test_rows_out_of_step_go_the_same_way(norm: Norm) -> None:
         for tick in range(run.ticks):
             expected = torch.stack([seen[i][tick] for i in range(ROWS)[half]])
             torch.testing.assert_close(rows.x + rows.delta, expected, rtol=1e-4, atol=1e-5)
-            run.observe(rows, *loss_and_grad(model, rows.x + rows.delta, y[half], cross_entropy, with_grad=True)[:2])
+            run.receive(rows, *loss_and_grad(model, rows.x + rows.delta, y[half], cross_entropy, with_grad=True)[:2])
             if tick + 1 < run.ticks:
                 run.move(rows)
     assert {len(images) for images in seen} == {run.ticks}
@@ -344,7 +337,7 @@ def test_too_few_steps_for_three_stages_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("attack", "norm"), ATTACKS)
-def test_result_does_not_depend_on_the_batch(attack: Attack, norm: Norm) -> None:
+def test_result_does_not_depend_on_the_batch(attack: Attack, norm: str) -> None:
     model, (x, y) = convolutions(), points(classes=5)
     threat = Threat(norm, RADII[norm])
     delta = threat.eps * torch.randn(x.shape, generator=generator(5))
@@ -358,7 +351,7 @@ def test_result_does_not_depend_on_the_batch(attack: Attack, norm: Norm) -> None
 
 
 @pytest.mark.parametrize(("attack", "norm"), ATTACKS)
-def test_channels_last_network(attack: Attack, norm: Norm) -> None:
+def test_channels_last_network(attack: Attack, norm: str) -> None:
     x, y = points(classes=5)
     threat = Threat(norm, RADII[norm])
     plain = attack(convolutions(), x, y, threat, 6)
@@ -370,7 +363,7 @@ def test_channels_last_network(attack: Attack, norm: Norm) -> None:
 
 
 @pytest.mark.parametrize(("attack", "norm"), ATTACKS)
-def test_runs_on_meta_so_it_never_waits_for_data(attack: Attack, norm: Norm) -> None:
+def test_runs_on_meta_so_it_never_waits_for_data(attack: Attack, norm: str) -> None:
     with torch.device("meta"):
         model = PreActResNet18(width=8).eval()
         x, y = torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
@@ -391,7 +384,7 @@ def test_runs_on_meta_so_it_never_waits_for_data(attack: Attack, norm: Norm) -> 
     ],
 )
 def test_check_points(n_iter: int, expected: list[int]) -> None:
-    intervals = HalvingController("Linf", 0.05).check_points(n_iter)
+    intervals = HalvingController.check_points(n_iter)
     assert [k + 1 for k, interval in enumerate(intervals) if interval] == expected
     assert torch.tensor(intervals).cumsum(0)[torch.tensor(expected) - 1].tolist() == expected
 
@@ -402,18 +395,18 @@ def test_step_is_halved_at_no_more_than_three_quarters_rises(rises: int, halved:
     run = APGD("Linf", [(0.1, 100)], 0.05, torch.device("cpu"))
     rows = run.begin(torch.full((1, 4), 0.5))
     value = torch.zeros(1)
-    run.observe(rows, value, torch.ones(1, 4))
+    run.receive(rows, value, torch.ones(1, 4))
     for k in range(22):
         run.move(rows)
         value = value + 1 if k < rises else value - 0.01
-        run.observe(rows, value, torch.ones(1, 4))
+        run.receive(rows, value, torch.ones(1, 4))
     assert rows.halved.tolist() == [halved]
     assert rows.step.tolist() == pytest.approx([0.1 if halved else 0.2])
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-35])
 @pytest.mark.parametrize("norm", NORMS)
-def test_tiny_gradients_still_move(norm: Norm, scale: float) -> None:
+def test_tiny_gradients_still_move(norm: str, scale: float) -> None:
     """A saturated network's gradient: its squares underflow in float32."""
     x, y = torch.full((ROWS, *SHAPE), 0.5), points()[1]
     target = (y + 1) % 4
@@ -431,7 +424,7 @@ def test_tiny_gradients_still_move(norm: Norm, scale: float) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_zero_gradient_is_harmless(norm: Norm) -> None:
+def test_zero_gradient_is_harmless(norm: str) -> None:
     x, y = points()
 
     def flat(images: Tensor) -> Tensor:
@@ -443,7 +436,7 @@ def test_zero_gradient_is_harmless(norm: Norm) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_images_that_ask_for_a_gradient_get_none(norm: Norm) -> None:
+def test_images_that_ask_for_a_gradient_get_none(norm: str) -> None:
     x, y = points(classes=5)
     result = apgd(convolutions(), x.requires_grad_(True), y, Threat(norm, RADII[norm]), 2)
     assert not result.x_best.requires_grad
@@ -464,10 +457,10 @@ def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_from_the_same_start_it_finds_what_pyautoattack_finds(norm: Norm, trained: nn.Module) -> None:
+def test_from_the_same_start_it_finds_what_pyautoattack_finds(norm: str, trained: nn.Module) -> None:
     """Per point in Linf; in L2, where that one clips instead of projecting, at least as much in the mean."""
     x, y = load_dataset("digits", "").test.take(64).pixels()
-    [threat] = threats_for("digits", [norm])
+    threat = Threat(norm, DATASETS["digits"].radii[norm])
     theirs = APGDAttack(trained, n_iter=20, norm=norm, eps=threat.eps, seed=0, loss="ce", device="cpu")
     theirs.init_hyperparam(x)
     losses = []

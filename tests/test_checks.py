@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attacks.checks import network_warnings, result_warnings
+from attacks.plan import AttackRun
+from attacks.results import AttackLog, Evaluation
 from attacks.threat import Threat
-from evaluation.checks import network_warnings, result_warnings
-from evaluation.results import AttackLog, AttackRun, Evaluation
 
 
 def points() -> tuple[Tensor, Tensor]:

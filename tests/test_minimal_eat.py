@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
 from attacks.apgd import apgd
-from attacks.threat import Norm, Threat
+from attacks.threat import Threat
 from data import BatchLoader, load_dataset
 from models import build_model
 
@@ -110,7 +110,7 @@ def test_the_network_is_the_same(width: int, example: ModuleType, float64: None)
 @pytest.mark.parametrize("n_iter", [1, 10, 50])
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 1 / 8), ("L1", 2.5)])  # exact in float32, in which ours are kept
 def test_apgd_finds_the_same_points(
-    norm: Norm, eps: float, n_iter: int, example: ModuleType, monkeypatch: pytest.MonkeyPatch, trained: nn.Module
+    norm: str, eps: float, n_iter: int, example: ModuleType, monkeypatch: pytest.MonkeyPatch, trained: nn.Module
 ) -> None:
     monkeypatch.setitem(example.EPS, norm, eps)
     model, (x, y) = copy.deepcopy(trained).double(), load_dataset("digits", "").test.take(100).pixels()

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attacks.apgd import apgd
-from attacks.threat import NORMS, RADII, Norm, Threat
-from data import load_dataset
+from attacks.norms import NORMS
+from attacks.threat import Threat
+from data import DATASETS, load_dataset
 
 Array = NDArray[np.float64]
 
@@ -24,7 +25,7 @@ def smallest_scale(norms: Array, radius: float, at: Array) -> float:
     return float(at[k - 1] + share * (at[k] - at[k - 1]))
 
 
-def project(delta: Array, x: Array, norm: Norm, eps: float) -> Array:
+def project(delta: Array, x: Array, norm: str, eps: float) -> Array:
     """Nearest point of ball and box: for L1 by its breakpoints in order, for L2 by bisection of the multiplier."""
     size, room = np.abs(delta), np.where(delta > 0, 1 - x, x)
     if norm == "Linf":
@@ -49,7 +50,7 @@ def project(delta: Array, x: Array, norm: Norm, eps: float) -> Array:
     return np.sign(delta) * np.minimum(low * size, room)
 
 
-def direction(grad: Array, norm: Norm, keep: float) -> Array:
+def direction(grad: Array, norm: str, keep: float) -> Array:
     """Of steepest ascent; for L1 the signs of the largest entries."""
     if norm == "Linf":
         return np.sign(grad)
@@ -60,7 +61,7 @@ def direction(grad: Array, norm: Norm, keep: float) -> Array:
     return signs / np.count_nonzero(signs)
 
 
-def plain_apgd(model: nn.Module, image: Tensor, label: int, norm: Norm, eps: float, n_iter: int) -> float:
+def plain_apgd(model: nn.Module, image: Tensor, label: int, norm: str, eps: float, n_iter: int) -> float:
     """Highest loss of one example (1, C, H, W), from the clean point (arXiv 2003.01690, algorithm 1; 2103.01208, algorithm 1)."""
     x = image.double().flatten().numpy()
 
@@ -103,9 +104,9 @@ def plain_apgd(model: nn.Module, image: Tensor, label: int, norm: Norm, eps: flo
 
 @pytest.mark.parametrize("n_iter", [10, 40])
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_attack_finds_the_losses_of_the_plain_one(norm: Norm, n_iter: int, trained: nn.Module) -> None:
+def test_the_attack_finds_the_losses_of_the_plain_one(norm: str, n_iter: int, trained: nn.Module) -> None:
     x, y = load_dataset("digits", "").test.take(24).pixels()
-    eps = RADII["digits"][norm]
+    eps = DATASETS["digits"].radii[norm]
     exact = copy.deepcopy(trained).double()
     plain = [plain_apgd(exact, x[i : i + 1], int(y[i]), norm, eps, n_iter) for i in range(len(y))]
     ours = apgd(trained, x, y, Threat(norm, eps), n_iter).loss

@@ -17,8 +17,9 @@ import train
 from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
 from attacks.multinorm import SCHEMES, AdversarialBatch, Scheme, make_scheme
-from attacks.threat import NORMS, RADII, Norm, Threat
-from data import BatchLoader, Split, load_dataset
+from attacks.norms import NORMS
+from attacks.threat import Threat
+from data import DATASETS, BatchLoader, Split, load_dataset
 from models import build_model, layers, preact_resnet
 from utils.modules import AsyncScalars, eval_mode, no_param_grad
 from utils.precision import autocast_model, check_amp, set_up_torch
@@ -73,9 +74,9 @@ def test_narrow_networks_stay_plain(width: int) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: Norm, trained: nn.Module) -> None:
+def test_half_precision_passes_find_nearly_the_same_loss(amp: str, norm: str, trained: nn.Module) -> None:
     x, y = load_dataset("digits", "").test.take(64).pixels()
-    threat = Threat(norm, RADII["digits"][norm])
+    threat = Threat(norm, DATASETS["digits"].radii[norm])
     whole = apgd(trained, x, y, threat, 10)
     half = apgd(autocast_model(trained, CPU, amp), x, y, threat, 10)  # type: ignore[arg-type]
     assert half.x_best.dtype == half.loss.dtype == torch.float32
@@ -115,7 +116,7 @@ def test_set_up_sets_threads_and_what_suits_training() -> None:
 
 
 @pytest.mark.parametrize("norm", [None, *NORMS])
-def test_attack_and_training_step_run_on_meta(norm: Norm | None) -> None:
+def test_attack_and_training_step_run_on_meta(norm: str | None) -> None:
     """Nothing there has a value: whatever waited for one would fail."""
     meta = torch.device("meta")
     with meta:

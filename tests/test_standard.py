@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyautoattack
@@ -13,34 +15,55 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks import apgd as apgd_module
-from attacks.apgd import EVALUATION_SHARE, apgd, shrinking
+from attacks.apgd import EVALUATION_TOP_FRACTION, apgd
+from attacks.evaluator import (
+    EvaluationCallback,
+    EvaluationContext,
+    Examples,
+    Network,
+    Progress,
+    random_starts,
+)
 from attacks.losses import cross_entropy, dlr_targeted
-from attacks.projections import project
-from attacks.threat import NORMS, RADII, Threat, threats_for
-from data import load_dataset
-from evaluation.evaluate import evaluate
-from evaluation.results import AttackRun, Evaluation
-from evaluation.threat_evaluator import AttackPlan, Points, image_path, random_starts
+from attacks.norms import NORMS
+from attacks.plan import AttackPlan, AttackRun
+from attacks.results import Evaluation, FinishedRun
+from attacks.standard import make_runs, rank_classes, robust_accuracy
+from attacks.threat import Threat
+from data import DATASETS, load_dataset
+from evaluation.evaluate import EvaluationOptions, evaluate
+from evaluation.storage import image_path
 from models import build_model
 from training.optim import parameter_groups
 
 CPU = torch.device("cpu")
 N = 60
 N_ITER = 6
-THREATS = threats_for("digits", NORMS)
+THREATS = [Threat(norm, eps) for norm, eps in DATASETS["digits"].radii.items()]
 BATCH_SIZES = (60, 7, 3)
 
 Model = Callable[[Tensor], Tensor]
 
 
-def digits(n: int) -> Points:
+def evaluated(
+    model: Model,
+    examples: Examples,
+    threats: list[Threat],
+    plan: AttackPlan,
+    folder: Path | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Without a bar."""
+    return evaluate(model, examples, threats, plan, EvaluationOptions(progress=False, **options), folder)
+
+
+def digits(n: int) -> Examples:
     test = load_dataset("digits", "").test.take(n)
-    return Points(test.images, test.labels, test.levels)
+    return Examples(test.images, test.labels, test.levels)
 
 
 @pytest.fixture(scope="module")
-def points() -> Points:
+def examples() -> Examples:
     return digits(N)
 
 
@@ -57,15 +80,13 @@ class Counter:
 
 @pytest.fixture(scope="module")
 def evaluations(
-    network: nn.Module, points: Points, tmp_path_factory: pytest.TempPathFactory
+    network: nn.Module, examples: Examples, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, tuple[Evaluation, int, Path]]:
     """For each batch size the evaluation, the images that passed, and the folder."""
     found = {}
     for size in BATCH_SIZES:
         counter, folder = Counter(network), tmp_path_factory.mktemp("evaluation")
-        evaluation = evaluate(
-            counter, points, THREATS, CPU, AttackPlan(n_iter=N_ITER), size, folder=folder, progress=False
-        )
+        evaluation = evaluated(counter, examples, THREATS, AttackPlan(n_iter=N_ITER), folder, batch_size=size)
         found[size] = evaluation, counter.images, folder
     return found
 
@@ -76,7 +97,7 @@ def whole(evaluations: dict[int, tuple[Evaluation, int, Path]]) -> Evaluation:
 
 
 def same(one: Evaluation, other: Evaluation) -> bool:
-    """The same points broken by the same runs after as many passes."""
+    """The same examples broken by the same runs after as many passes."""
     return torch.equal(one.clean, other.clean) and all(
         torch.equal(one.logs[threat].broken_by, log.broken_by) and torch.equal(one.logs[threat].passes, log.passes)
         for threat, log in other.logs.items()
@@ -103,16 +124,16 @@ def test_the_passes_are_counted_to_the_pass(
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_each_run_is_that_of_a_lock_step_attack_cut_at_the_first_break(
-    threat: Threat, network: nn.Module, points: Points, whole: Evaluation
+    threat: Threat, network: nn.Module, examples: Examples, whole: Evaluation
 ) -> None:
-    x, y = points.x(torch.arange(N)), points.y
+    x, y = examples.x(torch.arange(N)), examples.y
     order = network(x).argsort(dim=1, descending=True)
     right = order[:, 0] == y
     log = whole.logs[threat]
     passes, broken_by = torch.zeros(N, len(log.runs), dtype=torch.int32), torch.full((N,), -1)
     assert len(log.runs) == (11 if threat.norm == "L1" else 10)
     for number, run in enumerate(log.runs):
-        stages = shrinking(threat.eps, N_ITER) if threat.norm == "L1" else [(threat.eps, N_ITER)]
+        stages = threat.spec.stages(threat.eps, N_ITER)
         if run.kind == "brief":
             stages = [(threat.eps, N_ITER // 5)]
         ignored = sum(steps + 1 for _, steps in stages[:-1])
@@ -126,7 +147,7 @@ def test_each_run_is_that_of_a_lock_step_attack_cut_at_the_first_break(
             wrong.append(logits.argmax(1) != y)
             return logits
 
-        apgd(model, x, y, threat, N_ITER, loss, start, EVALUATION_SHARE, stages)
+        apgd(model, x, y, threat, N_ITER, loss, start, EVALUATION_TOP_FRACTION, stages)
         wrong_at = torch.stack(wrong)
         assert len(wrong_at) == ticks
         wrong_at[:ignored] = False
@@ -149,9 +170,9 @@ def test_points_never_attacked_cost_nothing(whole: Evaluation) -> None:
                 assert int(log.passes[point, run + 1 :].sum()) == 0
 
 
-def check_images(folder: Path, evaluation: Evaluation, model: Model, points: Points) -> None:
+def check_images(folder: Path, evaluation: Evaluation, model: Model, examples: Examples) -> None:
     """The folder's images are allowed, break the model where the evaluation says so, and are clean elsewhere."""
-    x, y = points.x(torch.arange(len(points))), points.y
+    x, y = examples.x(torch.arange(len(examples))), examples.y
     assert torch.equal(evaluation.clean, model(x).argmax(1) == y)
     for threat in evaluation.logs:
         x_adv = torch.from_numpy(np.load(image_path(folder, threat)))
@@ -165,19 +186,17 @@ def check_images(folder: Path, evaluation: Evaluation, model: Model, points: Poi
 
 @pytest.mark.parametrize("size", BATCH_SIZES)
 def test_the_images_are_allowed_and_break_the_network_exactly_where_it_says(
-    size: int, evaluations: dict[int, tuple[Evaluation, int, Path]], network: nn.Module, points: Points
+    size: int, evaluations: dict[int, tuple[Evaluation, int, Path]], network: nn.Module, examples: Examples
 ) -> None:
     evaluation, _, folder = evaluations[size]
-    check_images(folder, evaluation, network, points)
+    check_images(folder, evaluation, network, examples)
     robust = torch.stack([evaluation.clean, *(evaluation.robust(threat) for threat in THREATS)])
     assert torch.equal(evaluation.union, robust.all(0))
 
 
-def test_floats_are_as_good_as_whole_numbers(network: nn.Module, points: Points, whole: Evaluation) -> None:
-    floats = Points(points.x(torch.arange(N)), points.y)
-    assert same(
-        evaluate(network, floats, THREATS[:1], CPU, AttackPlan(n_iter=N_ITER), progress=False), whole_of(whole, 1)
-    )
+def test_floats_are_as_good_as_whole_numbers(network: nn.Module, examples: Examples, whole: Evaluation) -> None:
+    floats = Examples(examples.x(torch.arange(N)), examples.y)
+    assert same(evaluated(network, floats, THREATS[:1], AttackPlan(n_iter=N_ITER)), whole_of(whole, 1))
 
 
 def whole_of(evaluation: Evaluation, norms: int) -> Evaluation:
@@ -185,21 +204,21 @@ def whole_of(evaluation: Evaluation, norms: int) -> Evaluation:
 
 
 def test_images_outside_the_ball_do_not_count(
-    network: nn.Module, points: Points, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    network: nn.Module, examples: Examples, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     threat = Threat("Linf", 0.1)
-    monkeypatch.setattr(apgd_module, "project", lambda delta, x, norm, eps: 1 - 2 * x)
+    monkeypatch.setitem(NORMS, "Linf", replace(NORMS["Linf"], project=lambda delta, x, eps: 1 - 2 * x))
     with pytest.warns(UserWarning, match=r"images are outside Linf 0\.1 or \[0, 1\]: they do not count"):
-        result = evaluate(network, points, [threat], CPU, AttackPlan(n_iter=4), folder=tmp_path, progress=False)
+        result = evaluated(network, examples, [threat], AttackPlan(n_iter=4), tmp_path)
     assert torch.equal(result.robust(threat), result.clean)
-    assert np.array_equal(np.load(image_path(tmp_path, threat)), points.x(torch.arange(N)).numpy())
+    assert np.array_equal(np.load(image_path(tmp_path, threat)), examples.x(torch.arange(N)).numpy())
 
 
 def test_one_image_outside_does_not_spoil_the_others(
-    network: nn.Module, points: Points, whole: Evaluation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    network: nn.Module, examples: Examples, whole: Evaluation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     threat, contains = THREATS[0], Threat.contains
-    ink = points.x(torch.arange(N)).flatten(1).sum(1)
+    ink = examples.x(torch.arange(N)).flatten(1).sum(1)
     refused = ink > ink.median()
 
     def strict(self: Threat, x: Tensor, x_adv: Tensor) -> Tensor:
@@ -207,9 +226,7 @@ def test_one_image_outside_does_not_spoil_the_others(
 
     monkeypatch.setattr(Threat, "contains", strict)
     with pytest.warns(UserWarning, match="outside Linf"):
-        result = evaluate(
-            network, points, [threat], CPU, AttackPlan(n_iter=N_ITER), 16, folder=tmp_path, progress=False
-        )
+        result = evaluated(network, examples, [threat], AttackPlan(n_iter=N_ITER), tmp_path, batch_size=16)
     before, after = whole.logs[threat], result.logs[threat]
     assert bool(before.broken[refused].any())
     assert not bool(after.broken[refused].any())
@@ -219,7 +236,10 @@ def test_one_image_outside_does_not_spoil_the_others(
         after.passes[refused & result.clean], torch.full_like(after.passes, N_ITER + 1)[refused & result.clean]
     )
     monkeypatch.setattr(Threat, "contains", contains)
-    check_images(tmp_path, result, network, points)
+    check_images(tmp_path, result, network, examples)
+
+
+WEAK, STRONG = (1e-4, 1e-4, 1e-4), (0.5, 2.0, 6.0)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -231,9 +251,9 @@ def test_few_classes(classes: int) -> None:
     def model(images: Tensor) -> Tensor:
         return images.flatten(1) @ weight
 
-    points = Points(x, model(x).argmax(1))
-    weak, strong = threats_for("cifar10", NORMS, [1e-4, 1e-4, 1e-4]), threats_for("cifar10", NORMS, [0.5, 2.0, 6.0])
-    result = evaluate(model, points, [*weak, *strong], CPU, AttackPlan(n_iter=20), progress=False)
+    examples = Examples(x, model(x).argmax(1))
+    weak, strong = ([Threat(norm, eps) for norm, eps in zip(NORMS, radii, strict=True)] for radii in (WEAK, STRONG))
+    result = evaluated(model, examples, [*weak, *strong], AttackPlan(n_iter=20))
     for threat in strong:
         assert len(result.logs[threat].runs) == classes - 1 + (6 if threat.norm == "L1" else 1)
         assert not bool(result.robust(threat).any())
@@ -246,7 +266,7 @@ def test_random_starts_depend_on_seed_point_run_and_norm_alone() -> None:
     first, second, target = AttackRun("CE"), AttackRun("CE", 1), AttackRun("T", 1)
     seen = []
     for norm, order in (("Linf", float("inf")), ("L2", 2), ("L1", 1)):
-        threat = Threat(norm, 0.5)  # type: ignore[arg-type]
+        threat = Threat(norm, 0.5)
         starts = random_starts(x, some, threat, [first] * 4, 0)
         assert torch.equal(starts[2:], random_starts(x[:2], some[2:], threat, [first] * 2, 0))
         mixed = random_starts(x, some, threat, [first, second, first, target], 0)
@@ -254,7 +274,7 @@ def test_random_starts_depend_on_seed_point_run_and_norm_alone() -> None:
         others = [
             random_starts(x, some, threat, [run] * 4, seed) for run, seed in ((second, 0), (target, 0), (first, 1))
         ]
-        projected = project(starts, x, threat.norm, torch.full((4,), 0.5)).flatten(1)
+        projected = threat.spec.project(starts, x, torch.full((4,), 0.5)).flatten(1)
         size = projected.norm(p=order, dim=1)
         assert bool((size <= 0.5 * (1 + 1e-5)).all())
         assert bool((size >= 0.3).all())
@@ -264,11 +284,116 @@ def test_random_starts_depend_on_seed_point_run_and_norm_alone() -> None:
         assert float(torch.corrcoef(torch.stack([one, other]))[0, 1].abs()) < 0.5
 
 
+def test_in_memory_it_finds_what_the_stored_evaluation_finds(
+    network: nn.Module, examples: Examples, evaluations: dict[int, tuple[Evaluation, int, Path]], whole: Evaluation
+) -> None:
+    floats = examples.x(torch.arange(N))
+    result = robust_accuracy(network, floats, examples.y, THREATS, AttackPlan(n_iter=N_ITER), batch_size=7)
+    assert same(result, whole)
+    assert result.warnings == whole.warnings
+    for threat in THREATS:
+        assert torch.equal(result.x_adv[threat], torch.from_numpy(np.load(image_path(evaluations[7][2], threat))))
+    rows = str(result).splitlines()[1:]
+    assert [row.split()[:2] for row in rows[: len(result.accuracies())]] == [
+        [name, f"{row['accuracy']:.2f}"] for name, row in whole.accuracies().items()
+    ]
+
+
+def test_radii_by_norm_whole_numbers_and_labels_of_other_types(network: nn.Module, examples: Examples) -> None:
+    """uint8 images go from 0 to 255."""
+    x, plan = (examples.x(torch.arange(8)) * 255).round().to(torch.uint8), AttackPlan("fast", n_iter=2)
+    one = robust_accuracy(network, x, examples.y[:8].int(), {"L2": 0.4}, plan)
+    other = robust_accuracy(network, x.double() / 255, examples.y[:8], [Threat("L2", 0.4)], plan)
+    assert same(one, other)
+    assert list(one.logs) == [Threat("L2", 0.4)]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.int64), "labels"),
+        (torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), "labels"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(2), "whole numbers"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "uint8"),
+        (torch.full((2, 1, 8, 8), -0.1), torch.zeros(2, dtype=torch.int64), r"\[0, 1\]"),
+        (torch.full((2, 1, 8, 8), float("nan")), torch.zeros(2, dtype=torch.int64), r"\[0, 1\]"),
+    ],
+)
+def test_what_is_no_images_and_labels_is_refused(network: nn.Module, x: Tensor, y: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        robust_accuracy(network, x, y, {"L2": 0.4})
+
+
+@pytest.mark.parametrize(("attacks", "words"), [("autoattack", "eval.py"), ("quick", "unknown attacks 'quick'")])
+def test_attacks_that_robust_accuracy_does_not_make(
+    attacks: str, words: str, network: nn.Module, examples: Examples
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        robust_accuracy(network, examples.x(torch.arange(4)), examples.y[:4], {"L2": 0.4}, AttackPlan(attacks))
+
+
+def test_two_radii_of_one_norm_have_a_row_each(network: nn.Module, examples: Examples) -> None:
+    x, threats = examples.x(torch.arange(8)), [Threat("L2", 0.2), Threat("L2", 0.4)]
+    rows = robust_accuracy(network, x, examples.y[:8], threats, AttackPlan("fast", n_iter=2)).accuracies()
+    assert list(rows) == ["clean", "L2 0.2", "L2 0.4", "average", "union"]
+
+
+class Listening(EvaluationCallback):
+    """Notes what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+        self.finished: list[tuple[Threat, FinishedRun]] = []
+        self.seen: list[Progress] = []
+
+    def broken(self, threat: Threat, examples: Sequence[int], x_adv: Tensor) -> None:
+        self.told += [("broken", example) for example in examples]
+
+    def runs_finished(self, threat: Threat, finished: Sequence[FinishedRun]) -> None:
+        self.told += [("finished", run.example) for run in finished if run.broken]
+        self.finished += [(threat, run) for run in finished]
+
+    def progress(self, progress: Progress) -> None:
+        self.seen.append(progress)
+
+
+def test_a_callback_hears_of_all_and_what_it_heard_can_be_gone_on_from(
+    network: nn.Module, examples: Examples, whole: Evaluation
+) -> None:
+    """Each image before its run; progress from 0 to all runs; from any part of the records the rest is found."""
+    ranking, _ = rank_classes(Network(network, CPU), examples, torch.arange(N))
+    context = EvaluationContext(Network(network, CPU, 16), examples, ranking, AttackPlan(n_iter=N_ITER), Listening())
+    logs = {threat: context.empty_log(threat) for threat in THREATS}
+    make_runs(context, logs, whole.clean)
+    heard = context.callback
+    assert isinstance(heard, Listening)
+    assert same(Evaluation(whole.clean, logs), whole)
+    for event, example in heard.told:
+        if event == "finished":
+            assert ("broken", example) in heard.told[: heard.told.index((event, example))]
+    for threat in THREATS:
+        seen = [progress for progress in heard.seen if progress.threat == threat]
+        assert all(a.done <= b.done or b.total != a.total for a, b in itertools.pairwise(seen))
+        assert seen[-1].done == seen[-1].total
+        assert seen[-1].unbroken == int(whole.robust(threat).sum())
+        assert "APGD" in seen[0].run
+    for part in (0.3, 0.9):
+        known = heard.finished[: int(part * len(heard.finished))]
+        again = {threat: context.empty_log(threat) for threat in THREATS}
+        for threat, run in known:
+            again[threat].add([run])
+        rest = replace(context, callback=Listening())
+        make_runs(rest, again, whole.clean)
+        assert same(Evaluation(whole.clean, again), whole)
+        assert isinstance(rest.callback, Listening)
+        assert len(rest.callback.finished) + len(known) == len(heard.finished)
+
+
 @pytest.fixture(scope="module")
-def union(network: nn.Module, points: Points) -> tuple[Evaluation, int]:
+def union(network: nn.Module, examples: Examples) -> tuple[Evaluation, int]:
     counter = Counter(network)
     plan = AttackPlan(n_iter=N_ITER, union_only=True)
-    return evaluate(counter, points, THREATS, CPU, plan, 16, progress=False), counter.images
+    return evaluated(counter, examples, THREATS, plan, batch_size=16), counter.images
 
 
 def test_union_only_gives_the_same_union_for_fewer_passes(union: tuple[Evaluation, int], whole: Evaluation) -> None:
@@ -297,23 +422,22 @@ def test_union_only_makes_the_first_runs_of_all_norms_before_the_rest_and_l1s_fi
     assert torch.equal(left, evaluation.union)
 
 
-def test_union_only_needs_no_point_that_is_right(network: nn.Module, points: Points) -> None:
-    wrong = Points(points.images, (network(points.x(torch.arange(N))).argmax(1) + 1) % 10, points.levels)
-    result = evaluate(network, wrong, THREATS, CPU, AttackPlan(n_iter=N_ITER, union_only=True), progress=False)
+def test_union_only_needs_no_point_that_is_right(network: nn.Module, examples: Examples) -> None:
+    wrong = Examples(examples.images, (network(examples.x(torch.arange(N))).argmax(1) + 1) % 10, examples.levels)
+    result = evaluated(network, wrong, THREATS, AttackPlan(n_iter=N_ITER, union_only=True))
     assert not bool(result.union.any())
     assert sum(int(log.passes.sum()) for log in result.logs.values()) == 0
 
 
-def test_bf16_counts_what_is_wrong_in_float32_too(trained: nn.Module, points: Points, tmp_path: Path) -> None:
-    plan = AttackPlan(n_iter=N_ITER, amp="bf16")
-    fast = evaluate(trained, points, THREATS, CPU, plan, folder=tmp_path, progress=False)
-    exact = evaluate(trained, points, THREATS, CPU, AttackPlan(n_iter=N_ITER), progress=False)
-    check_images(tmp_path, fast, trained, points)
+def test_bf16_counts_what_is_wrong_in_float32_too(trained: nn.Module, examples: Examples, tmp_path: Path) -> None:
+    fast = evaluated(trained, examples, THREATS, AttackPlan(n_iter=N_ITER), tmp_path, amp="bf16")
+    exact = evaluated(trained, examples, THREATS, AttackPlan(n_iter=N_ITER))
+    check_images(tmp_path, fast, trained, examples)
     for threat in THREATS:
         assert abs(int(fast.robust(threat).sum()) - int(exact.robust(threat).sum())) <= 2
 
 
-def test_bf16_that_errs_breaks_nothing(trained: nn.Module, points: Points, tmp_path: Path) -> None:
+def test_bf16_that_errs_breaks_nothing(trained: nn.Module, examples: Examples, tmp_path: Path) -> None:
     """A network that is wrong at every image in bfloat16: each break must be seen in float32."""
     low = 0
 
@@ -325,12 +449,10 @@ def test_bf16_that_errs_breaks_nothing(trained: nn.Module, points: Points, tmp_p
             return -logits
         return logits
 
-    result = evaluate(
-        model, points, THREATS[:1], CPU, AttackPlan(n_iter=4, amp="bf16"), folder=tmp_path, progress=False
-    )
+    result = evaluated(model, examples, THREATS[:1], AttackPlan(n_iter=4), tmp_path, amp="bf16")
     log = result.logs[THREATS[0]]
     assert low == int(log.passes.sum()) > 0
-    check_images(tmp_path, result, trained, points)
+    check_images(tmp_path, result, trained, examples)
     assert bool(result.robust(THREATS[0]).any())
 
 
@@ -350,15 +472,15 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_autoattack_goes_on_with_what_stands(norm: str, network: nn.Module, tmp_path: Path) -> None:
     """On a network of steps, where gradients are zero, Square finds what APGD cannot."""
-    points, threat = digits(12), Threat(norm, 3 * RADII["digits"][norm])  # type: ignore[arg-type, index]
+    examples, threat = digits(12), Threat(norm, 3 * DATASETS["digits"].radii[norm])
 
     def stairs(x: Tensor) -> Tensor:
         logits: Tensor = network((16 * x).round() / 16)
         return logits
 
-    standard = evaluate(stairs, points, [threat], CPU, AttackPlan(n_iter=4, n_targets=2), progress=False)
+    standard = evaluated(stairs, examples, [threat], AttackPlan(n_iter=4, n_targets=2))
     plan = AttackPlan("autoattack", n_iter=4, n_targets=2)
-    result = evaluate(stairs, points, [threat], CPU, plan, 5, folder=tmp_path, progress=False)
+    result = evaluated(stairs, examples, [threat], plan, tmp_path, batch_size=5)
     log, before = result.logs[threat], standard.logs[threat]
     assert [str(run) for run in log.runs] == [*map(str, before.runs), "FAB-T", "Square"]
     apgd_runs = len(before.runs)
@@ -369,7 +491,7 @@ def test_autoattack_goes_on_with_what_stands(norm: str, network: nn.Module, tmp_
         left = left & (log.broken_by != number)
     assert torch.equal(result.robust(threat), left)
     assert int((log.broken_by == apgd_runs + 1).sum()) > 0
-    check_images(tmp_path, result, stairs, points)
+    check_images(tmp_path, result, stairs, examples)
 
 
 @pytest.mark.usefixtures("brief")
@@ -380,8 +502,8 @@ def test_autoattack_with_three_classes_and_one_point() -> None:
         return images.flatten(1) @ weight
 
     x = torch.full((1, 3, 6, 6), 0.5)
-    points, threat = Points(x, model(x).argmax(1)), Threat("L2", 1e-3)
-    result = evaluate(model, points, [threat], CPU, AttackPlan("autoattack", n_iter=4), progress=False)
+    examples, threat = Examples(x, model(x).argmax(1)), Threat("L2", 1e-3)
+    result = evaluated(model, examples, [threat], AttackPlan("autoattack", n_iter=4))
     assert [str(run) for run in result.logs[threat].runs][-3:] == ["APGD-T target 2", "FAB-T", "Square"]
     assert bool((result.logs[threat].passes > 0).all())
     assert result.robust(threat).tolist() == [True]
@@ -405,19 +527,19 @@ def resnet() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-# Half the radius: a network that is neither robust nor broken at all points, so that a weaker attack would show.
+# Half the radius: a network that is neither robust nor broken at all examples, so that a weaker attack would show.
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_robust_accuracy_agrees_with_pyautoattack_and_bf16_with_float32(norm: str, resnet: nn.Module) -> None:
-    points, threat = digits(500), Threat(norm, RADII["digits"][norm] / 2)  # type: ignore[arg-type, index]
-    ours = float(evaluate(resnet, points, [threat], CPU, progress=False).robust(threat).float().mean())
-    bf16 = float(
-        evaluate(resnet, points, [threat], CPU, AttackPlan(amp="bf16"), progress=False).robust(threat).float().mean()
+    examples, threat = digits(500), Threat(norm, DATASETS["digits"].radii[norm] / 2)
+    ours, bf16 = (
+        float(evaluated(resnet, examples, [threat], AttackPlan(), amp=amp).robust(threat).float().mean())
+        for amp in ("off", "bf16")
     )
     other = pyautoattack.AutoAttack(resnet, norm=norm, eps=threat.eps, version="standard", seed=0, device="cpu")
     other.attacks_to_run = ["apgd-ce", "apgd-t"]
-    x_adv, _ = other.run_standard_evaluation(points.x(torch.arange(500)), points.y, batch_size=250)
-    theirs = float((resnet(x_adv).argmax(1) == points.y).float().mean())
+    x_adv, _ = other.run_standard_evaluation(examples.x(torch.arange(500)), examples.y, batch_size=250)
+    theirs = float((resnet(x_adv).argmax(1) == examples.y).float().mean())
     print(f"{threat}: ours {ours:.3f}, in bf16 {bf16:.3f}, pyautoattack's {theirs:.3f}")
     assert 0.05 < theirs < 0.95
     assert theirs - 0.01 <= ours <= theirs + 0.005 + 1e-6

@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from attacks.evaluator import Examples
+from attacks.plan import AttackPlan
+from attacks.results import Evaluation, table
 from config import evaluation_threats
 from data import FolderSplit, Split
-from evaluation.evaluate import evaluate
-from evaluation.results import Evaluation, accuracy_table, evaluation_json
-from evaluation.threat_evaluator import AttackPlan, Points
+from evaluation.evaluate import EvaluationOptions, evaluate
+from evaluation.statistics import evaluation_json
 from training.trainer import Trainer
 from utils.distributed import barrier, run_on_rank0
 from utils.modules import eval_mode, no_param_grad
 from utils.precision import full_precision
-from utils.run_folder import emptied, environment, table, write_json
+from utils.run_folder import emptied, environment, write_json
 
 
 def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
@@ -29,9 +31,8 @@ def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
         # Several processes meet in a folder of their own, which is gone after.
         several = trainer.process.world_size > 1
         folder = run_on_rank0(lambda: emptied(trainer.folder / "eval")) if several else None
-        figures[name] = accuracy_table(
-            evaluated(trainer, model, split.take(trainer.config.n_ex_eval), AttackPlan("fast"), folder)
-        )
+        plan = AttackPlan("fast", seed=trainer.config.seed)
+        figures[name] = evaluated(trainer, model, split.take(trainer.config.n_ex_eval), plan, folder).accuracies()
         barrier()
         if folder and trainer.process.is_first:
             shutil.rmtree(folder)
@@ -43,7 +44,8 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
     start, config = time.time(), trainer.config
     folder = trainer.folder / suffix.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
-    result = evaluated(trainer, model, trainer.dataset.test.take(config.n_ex_final or 0), AttackPlan(), folder)
+    test, plan = trainer.dataset.test.take(config.n_ex_final or 0), AttackPlan(seed=config.seed)
+    result = evaluated(trainer, model, test, plan, folder)
     if trainer.process.is_first:
         about = {"seconds": round(time.time() - start, 1), "settings": asdict(config)}
         content = evaluation_json(result) | about | {"environment": environment(trainer.process.device)}
@@ -56,17 +58,8 @@ def evaluated(
     trainer: Trainer, model: nn.Module, split: Split | FolderSplit, plan: AttackPlan, folder: Path | None
 ) -> Evaluation:
     """An evaluation in --eval_norms with the radii of --eval_eps, its images shared out over the processes."""
-    config, process, read = trainer.config, trainer.process, split.in_memory()
-    points = Points(read.images, read.labels, read.levels)
+    read = split.in_memory()
+    examples = Examples(read.images, read.labels, read.levels)
+    options = EvaluationOptions(trainer.process, trainer.config.batch_size_eval)
     with full_precision(), eval_mode(model), no_param_grad(model), trainer.signals.at_once():
-        return evaluate(
-            model,
-            points,
-            evaluation_threats(config),
-            process.device,
-            plan,
-            config.batch_size_eval,
-            config.seed,
-            folder,
-            (process.rank, process.world_size),
-        )
+        return evaluate(model, examples, evaluation_threats(trainer.config), plan, options, folder)

@@ -124,16 +124,6 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def table(rows: dict[str, dict[str, float]], title: str = "") -> str:
-    """Accuracy, 95 % interval and number of points, a line each."""
-    lines = [f"{title:<28}accuracy   95 % interval   images"]
-    lines += [
-        f"  {name:<26}{r['accuracy']:7.2f} %  [{r['low']:5.1f}, {r['high']:5.1f}]   {r['points']:6d}"
-        for name, r in rows.items()
-    ]
-    return "\n".join(lines)
-
-
 def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
     """Paired differences in points of per cent with their 95 % intervals, a line each."""
     lines = [f"difference to {other}, the same points, with 95 % interval"]

@@ -1,0 +1,92 @@
+"""An evaluation as files tell it: eval.json's content, paired differences between two, RobustBench's fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attacks.norms import NORMS
+from attacks.results import AttackLog, Evaluation
+from attacks.threat import Threat
+
+
+def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
+    """eval.json's part that the attacks know (docs/evaluation.md says what each field is)."""
+    outcomes = {name: values for name, values in evaluation.outcomes().items() if name != "average"}
+    curve = {"curve": {threat.norm: curve for threat, curve in evaluation.curve.items()}} if evaluation.curve else {}
+    return {
+        "accuracy": evaluation.accuracies(),
+        "warnings": evaluation.warnings,
+        "norms": {threat.norm: _norm_json(threat, log) for threat, log in evaluation.logs.items()},
+        "outcomes": {name: values.int().tolist() for name, values in outcomes.items()},
+        **curve,
+    }
+
+
+def _norm_json(threat: Threat, log: AttackLog) -> dict[str, Any]:
+    spent = log.passes.sum(0).tolist()
+    return {
+        "eps": threat.eps,
+        "runs": [
+            {
+                "name": str(run),
+                "attacked": int((log.passes[:, r] > 0).sum()),
+                "broken": int((log.broken_by == r).sum()),
+                "forward_passes": spent[r],
+            }
+            for r, run in enumerate(log.runs)
+        ],
+        "broken_by_run": [None if r < 0 else r for r in log.broken_by.tolist()],
+        "forward_passes": log.passes.sum(1).tolist(),
+    }
+
+
+def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+    """Differences of two evaluations' outcomes, 0 or 1 an example: ours minus theirs and the 95 % interval, in percentage points.
+
+    The interval is the normal one of the mean of the differences. Raises ValueError if the examples differ in number.
+    """
+    rows = {}
+    for name in ours:
+        if name not in theirs:
+            continue
+        if len(ours[name]) != len(theirs[name]):
+            raise ValueError(
+                f"it has {len(theirs[name])} points, this evaluation {len(ours[name])}: a paired difference needs the same"
+            )
+        difference = np.array(ours[name], float) - np.array(theirs[name], float)
+        n = len(difference)
+        half = 1.96 * float(np.std(difference, ddof=1)) / n**0.5 if n > 1 else 1.0
+        mean = float(difference.mean())
+        rows[name] = {
+            key: round(100 * value, 2)
+            for key, value in (("difference", mean), ("low", mean - half), ("high", mean + half))
+        }
+    return rows
+
+
+def robustbench_fields(content: dict[str, Any], norm: str) -> dict[str, Any]:
+    """The fields of RobustBench's model_info/DATASET/NORM/ID.json; null where a person must fill them in."""
+    settings, accuracy = content["settings"], content["accuracy"]
+    eps = content["norms"][norm]["eps"]
+    levels = round(eps * 255, 6)
+    in_levels = norm in NORMS and NORMS[norm].per_pixel and levels == round(levels)
+    robust = f"{accuracy[norm]['accuracy']:.2f}"
+    full = settings["attacks"] == "autoattack"
+    return {
+        "link": None,
+        "name": settings["model_name"],
+        "authors": None,
+        "additional_data": None,
+        "number_forward_passes": 1,
+        "dataset": settings["dataset"],
+        "venue": None,
+        "architecture": None,
+        "eps": f"{levels:.0f}/255" if in_levels else f"{eps:g}",
+        "clean_acc": f"{accuracy['clean']['accuracy']:.2f}",
+        "reported": None,
+        "autoattack_acc": robust if full else None,
+        "footnote": f"{settings['n_ex']} test points"
+        + ("" if full else f"; {robust} under the {settings['attacks']} attacks, not AutoAttack"),
+    }
