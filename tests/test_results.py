@@ -61,11 +61,11 @@ def test_the_print_is_a_table_with_warnings_below() -> None:
     assert [log.next_run(example) for example in range(3)] == [1, 2, 0]
     evaluation = Evaluation(torch.tensor([True, True, True, False]), {Threat("L2", 0.5): log}, warnings=["too few"])
     expected = """\
-                            accuracy   95 % interval   points
+                            accuracy   95 % interval   images
   clean                       75.00 %  [ 30.1,  95.4]        4
   L2                          25.00 %  [  4.6,  69.9]        4
   average                     25.00 %  [  0.0,  74.0]        4
   union                       25.00 %  [  4.6,  69.9]        4
 WARNING: too few"""
     assert str(evaluation) == expected
-    assert table({}, "title") == "title                       accuracy   95 % interval   points"
+    assert table({}, "title") == "title                       accuracy   95 % interval   images"
