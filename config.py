@@ -19,7 +19,7 @@ import torch
 
 from attacks.multinorm import SCHEMES, Option, Scheme, make_scheme
 from attacks.norms import NORMS
-from attacks.plan import ATTACKS, AttackPlan
+from attacks.results import ATTACKS, AttackPlan
 from attacks.threat import Threat, threats
 from data import DATASETS, Dataset, FolderSplit
 from models import ACTIVATIONS, Spec, build_model, find_network

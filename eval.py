@@ -27,14 +27,12 @@ from typing import Any
 from torch import nn
 
 from attacks.evaluator import Examples, Network
-from attacks.plan import AttackPlan
-from attacks.results import Evaluation, table
+from attacks.results import AttackPlan, Evaluation, table
 from attacks.threat import Threat
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
 from data import Dataset, FolderSplit, Split, load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate
-from evaluation.examples import worst_examples
-from evaluation.report import write_report
+from evaluation.report import worst_examples, write_report
 from evaluation.statistics import evaluation_json, paired, robustbench_fields
 from models.pretrained import Loaded, check_fits, load_model
 from models.robustbench_zoo import published_preparation

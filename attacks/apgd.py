@@ -9,15 +9,15 @@ is copied to the device, so the attack never makes a GPU wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from .losses import cross_entropy
 from .norms import NORMS, Stages
-from .projections import expand_per_example as expand_per_example
+from .projections import expand_per_example
 from .threat import Threat
 
 Model = Callable[[Tensor], Tensor]
@@ -58,7 +58,7 @@ def apgd(
     3, 2 and 1 eps (norms.shrinking); `robust_accuracy` makes all its runs so.
     """
     x = x.detach()
-    run = APGD(threat.norm, stages or [(threat.eps, n_iter)], top_fraction, x.device)
+    run = APGD(threat.norm, stages or [(threat.eps, n_iter)], top_fraction, x)
     rows = run.begin(x, delta_init)
     broken = torch.zeros_like(y, dtype=torch.bool)
     x_adv = x
@@ -83,7 +83,7 @@ def apgd_each(
     so that no shape depends on `which`. If n_iters differ, the passes are those of the longest run.
     """
     x = x.detach()
-    runs = [APGD(t.norm, [(t.eps, n)], TRAINING_TOP_FRACTION, x.device) for t, n in zip(threats, n_iters, strict=True)]
+    runs = [APGD(t.norm, [(t.eps, n)], TRAINING_TOP_FRACTION, x) for t, n in zip(threats, n_iters, strict=True)]
     all_rows = [run.begin(x) for run in runs]
     last = max(n_iters)
     for tick in range(last + 1):
@@ -106,10 +106,9 @@ def loss_and_grad(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad:
         values = loss(logits, y)
         # In float16 small gradients would vanish; only the direction counts, so they need not be scaled back.
         scale = HALF_SCALE if answer.dtype == torch.float16 else 1
+        total = scale * values.sum()
         # A channels-last network gives a gradient in its own layout; everything here works on plain rows.
-        grad = (
-            torch.autograd.grad(scale * values.sum(), x_adv)[0].contiguous() if with_grad else torch.zeros_like(x_adv)
-        )
+        grad = torch.autograd.grad(total, x_adv)[0].contiguous() if with_grad else torch.zeros_like(x_adv)
     return values.detach(), grad, logits.detach().argmax(1) != y
 
 
@@ -133,47 +132,39 @@ class APGDState:
     nonzeros: Tensor  # (B,) SparseController: entries of best_delta that are not 0, at the last check-point
     keep: Tensor  # (B,) SparseController: how many entries a step moves
 
-    def __len__(self) -> int:
-        return len(self.x)
-
     def pick(self, index: Tensor) -> APGDState:
         """The rows `index` (positions or bool)."""
-        return APGDState(*(getattr(self, field.name)[index] for field in fields(self)))
+        return APGDState(*(value[index] for value in vars(self).values()))
 
     def join(self, other: APGDState) -> APGDState:
         """These rows, then the other's."""
-        return APGDState(
-            *(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self))
-        )
+        return APGDState(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 class APGD:
     """One kind of run: a norm and stages (radius, steps), each from the projection of the last one's best iterate.
 
     A run has `ticks` iterates: for each stage its start and one a step. Those from tick `counts_from` on are in the last radius.
-    Raises ValueError for a stage of no steps.
+    `like`: any tensor with device and type of the images. Raises ValueError for a stage of no steps.
     """
 
-    def __init__(self, norm: str, stages: Stages, top_fraction: float, device: torch.device) -> None:
+    def __init__(self, norm: str, stages: Stages, top_fraction: float, like: Tensor) -> None:
         if min(steps for _, steps in stages) < 1:
             raise ValueError(f"each stage of the attack needs at least one step, got {[n for _, n in stages]}")
         self.norm = NORMS[norm]
         self.controller = self.norm.controller(top_fraction)
-        table = tuple((radius, steps) for radius, steps in stages)
-        self.eps, self.starts, self.interval = _tables(self.controller.check_points, table, device)
+        dtype = torch.promote_types(like.dtype, torch.float32)  # radii in half precision would leave the ball
+        hashable = tuple((radius, steps) for radius, steps in stages)
+        self.eps, self.starts, self.interval = _tables(self.controller.check_points, hashable, like.device, dtype)
         self.ticks = len(self.eps)
         self.counts_from = self.ticks - stages[-1][1] - 1
 
     def begin(self, x: Tensor, delta_init: Tensor | None = None) -> APGDState:
         """Rows whose first iterate is x (B, ...), or the projection of x + delta_init."""
-        zero = x.new_zeros(len(x))
-        start = torch.zeros_like(x) if delta_init is None else self.norm.project(delta_init, x, zero + self.eps[0])
-        ticks = torch.zeros_like(zero, dtype=torch.int64)
-        images = start, start, torch.zeros_like(x)
-        best = start, torch.zeros_like(x), zero
-        return APGDState(
-            x, *images, zero, *best, ticks, zero, zero, torch.zeros_like(zero, dtype=torch.bool), zero, zero, zero
-        )
+        flat, zero = torch.zeros_like(x), x.new_zeros(len(x))
+        tick, no = zero.to(torch.int64), zero.to(torch.bool)
+        start = flat if delta_init is None else self.norm.project(delta_init, x, zero + self.eps[0])
+        return APGDState(x, start, start, flat, zero, start, flat, zero, tick, zero, zero, no, zero, zero, zero)
 
     def receive(self, rows: APGDState, value: Tensor, grad: Tensor) -> None:
         """Take the loss (B,) and gradient (B, ...) at rows.delta; adapt steps, and go back to the best iterate, at check-points."""
@@ -205,15 +196,14 @@ class APGD:
 
 @lru_cache
 def _tables(
-    check_points: Callable[[int], list[int]], stages: tuple[tuple[float, int], ...], device: torch.device
+    check_points: Callable[[int], list[int]], stages: Stages, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each tick the radius; is it a stage's start; the steps since the last check-point if it is one, else 0. On the device once."""
-    eps, starts, interval = [], [], []
-    for radius, steps in stages:
-        eps += [radius] * (steps + 1)
-        starts += [True] + [False] * steps
-        interval += [0, *check_points(steps)]
-    return torch.tensor(eps, device=device), torch.tensor(starts, device=device), torch.tensor(interval, device=device)
+    eps = [radius for radius, steps in stages for _ in range(steps + 1)]
+    starts = [step == 0 for _, steps in stages for step in range(steps + 1)]
+    interval = [since for _, steps in stages for since in (0, *check_points(steps))]
+    table = partial(torch.tensor, device=device)
+    return table(eps, dtype=dtype), table(starts), table(interval)
 
 
 def select_per_example(options: Sequence[Tensor], which: Tensor) -> Tensor:

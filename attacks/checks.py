@@ -12,52 +12,40 @@ from .results import Evaluation
 
 def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
     """What is wrong with the network's logits of x (B, ...), y (B,), all on its device. Costs two forward and one backward passes."""
-    before = _state(model)
+    network = model if isinstance(model, nn.Module) else nn.Module().eval()  # a function has no state to look at
+    before = [value.clone() for value in network.state_dict().values()]
     x = x.detach().requires_grad_(True)
     logits = model(x)
     with torch.no_grad():
         again = model(x)
-    changed = any(not torch.equal(a, b) for a, b in zip(before, _state(model), strict=True))
-    found = _logit_warnings(logits.detach(), again)
-    if changed or _training(model):
-        found.append("the network is in train mode or changes while it is evaluated: its answer depends on the batch")
+    changed = any(not torch.equal(old, new) for old, new in zip(before, network.state_dict().values(), strict=True))
     flat = _flat_fraction(logits, x, y)
-    if flat > 0.05:
-        found.append(
-            f"the gradient of the cross-entropy is zero at {100 * flat:.0f} % of the points looked at: APGD cannot move there; "
-            "--attacks=autoattack adds Square, which needs no gradient"
-        )
-    return found
+    logits, classes, few = logits.detach(), logits.shape[1], logits.shape[1] < 4
+    differs = not torch.allclose(logits, again, rtol=1e-3, atol=1e-4 * float(logits.abs().max()))
+    sums = logits.float().sum(1)
+    trains = changed or any(module.training for module in network.modules())
+    probabilities = ((logits >= 0) & (logits <= 1)).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+    found = {
+        "the network's outputs are random: two passes on the same images differ, and the gradient of one pass misleads the attack; "
+        "attack the mean of many passes instead": differs,
+        "the network's outputs look like probabilities: a softmax hides gradients, return the logits": probabilities,
+        f"{classes} classes: the targeted DLR loss needs four, so the difference of two logits takes its place in APGD-T": few,
+        "the network is in train mode or changes while it is evaluated: its answer depends on the batch": trains,
+        f"the gradient of the cross-entropy is zero at {100 * flat:.0f} % of the points looked at: APGD cannot move there; "
+        "--attacks=autoattack adds Square, which needs no gradient": flat > 0.05,
+    }
+    return [warning for warning, deserved in found.items() if deserved]
 
 
 def result_warnings(evaluation: Evaluation) -> list[str]:
     """Runs that were too few: the last APGD run of a norm still broke more than 1 % of the examples, and more than one."""
     found = []
     for threat, log in evaluation.logs.items():
-        apgd = [r for r, run in enumerate(log.runs) if run.kind in ("CE", "T")]
+        apgd = [number for number, run in enumerate(log.runs) if run.kind in ("CE", "T")]
         broken = int((log.broken_by == apgd[-1]).sum()) if len(apgd) > 1 else 0
         if broken > max(1, len(evaluation.clean) / 100):
-            found.append(
-                f"{threat}: the last of {len(apgd)} runs still broke {broken} points; give it more (--n_restarts, --n_targets, --n_iter)"
-            )
-    return found
-
-
-def _logit_warnings(logits: Tensor, again: Tensor) -> list[str]:
-    """What is wrong with logits (B, K) and those of a second pass."""
-    found = []
-    if not torch.allclose(logits, again, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
-        found.append(
-            "the network's outputs are random: two passes on the same images differ, and the gradient of one pass misleads the attack; "
-            "attack the mean of many passes instead"
-        )
-    sums = logits.float().sum(1)
-    if bool(((logits >= 0) & (logits <= 1)).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        found.append("the network's outputs look like probabilities: a softmax hides gradients, return the logits")
-    if logits.shape[1] < 4:
-        found.append(
-            f"{logits.shape[1]} classes: the targeted DLR loss needs four, so the difference of two logits takes its place in APGD-T"
-        )
+            last = f"{threat}: the last of {len(apgd)} runs still broke {broken} points"
+            found.append(f"{last}; give it more (--n_restarts, --n_targets, --n_iter)")
     return found
 
 
@@ -68,11 +56,3 @@ def _flat_fraction(logits: Tensor, x: Tensor, y: Tensor) -> float:
         return float(not logits.requires_grad)
     grad = torch.autograd.grad(cross_entropy(logits.float(), y).sum(), x)[0].flatten(1)[right]
     return float((grad == 0).all(1).float().mean())
-
-
-def _training(model: Model) -> bool:
-    return isinstance(model, nn.Module) and any(module.training for module in model.modules())
-
-
-def _state(model: Model) -> list[Tensor]:
-    return [value.clone() for value in model.state_dict().values()] if isinstance(model, nn.Module) else []

@@ -15,11 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import losses
 from .apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, Model, loss_and_grad
-from .losses import cross_entropy, dlr_targeted, margin_targeted
 from .norms import one_stage
-from .plan import APGD_KINDS, AttackPlan, AttackRun
-from .results import AttackLog, FinishedRun
+from .results import APGD_KINDS, AttackLog, AttackPlan, AttackRun, Attempt
 from .seeds import generator
 from .threat import Threat
 
@@ -59,28 +58,17 @@ class Network:
             return self.model(x).argmax(1).cpu()
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far one queue of runs is."""
-
-    threat: Threat
-    done: int  # runs, those that a broken example does without among them
-    total: int
-    run: str  # the earliest that is being made
-    unbroken: int  # examples that no run has broken
-
-
 class EvaluationCallback:
     """Is told what an evaluation finds while it goes on; this one does nothing with it."""
 
     def broken(self, threat: Threat, examples: Sequence[int], x_adv: Tensor) -> None:
         """Allowed images (B, C, H, W), on the CPU, that broke these examples; told before `runs_finished`."""
 
-    def runs_finished(self, threat: Threat, finished: Sequence[FinishedRun]) -> None:
+    def runs_finished(self, threat: Threat, finished: Sequence[Attempt]) -> None:
         """Some runs are over."""
 
-    def progress(self, progress: Progress) -> None:
-        """After each step of the batch."""
+    def progress(self, threat: Threat, done: int, total: int, status: str) -> None:
+        """After each step of the batch: runs done, those that a broken example does without among them, of all; what goes on."""
 
 
 @dataclass(frozen=True)
@@ -100,111 +88,100 @@ class EvaluationContext:
 
 
 class ThreatEvaluator:
-    """One threat model's runs, which fill its log."""
+    """One threat model's runs, which fill its log. Raises ValueError for runs of attacks that the context does not have."""
 
     def __init__(self, context: EvaluationContext, threat: Threat, log: AttackLog) -> None:
         self.context, self.network, self.examples = context, context.network, context.examples
-        self.threat, self.log, self.callback = threat, log, context.callback
-        spec, n_iter, device = threat.spec, context.plan.n_iter, context.network.device
-        self.search = APGD(spec.name, spec.stages(threat.eps, n_iter), EVALUATION_TOP_FRACTION, device)
-        brief = one_stage(threat.eps, max(n_iter // 5, 1))
-        self.brief_search = APGD(spec.name, brief, EVALUATION_TOP_FRACTION, device)
-        self.brief_runs = sum(run.kind == "brief" for run in log.runs)
-        self.apgd_runs = sum(run.kind in APGD_KINDS for run in log.runs)
-        unknown = {run.kind for run in log.runs} - {*APGD_KINDS, *context.other_attacks}
+        self.threat, self.log = threat, log
+        kinds = [run.kind for run in log.runs]
+        unknown = " and ".join(sorted({*kinds} - {*APGD_KINDS, *context.other_attacks}))
         if unknown:
-            raise ValueError(
-                f"{' and '.join(sorted(unknown))}: not part of this package; eval.py makes them, with pyautoattack"
-            )
+            raise ValueError(f"{unknown}: not part of this package; eval.py makes them, with pyautoattack")
+        n_iter, like = context.plan.n_iter, torch.zeros(0, device=self.network.device, dtype=torch.float32)
+        search = partial(APGD, threat.norm, top_fraction=EVALUATION_TOP_FRACTION, like=like)
+        brief, full = one_stage(threat.eps, max(n_iter // 5, 1)), threat.spec.stages(threat.eps, n_iter)
+        self.apgd_runs = sum(kind in APGD_KINDS for kind in kinds)
+        # Which runs are of which search: those before a number, the brief one's first.
+        self.searches = (search(stages=brief), kinds.count("brief")), (search(stages=full), self.apgd_runs)
 
     def run(self, chosen: Tensor, first_only: bool = False) -> None:
         """Every run, or the first one only, on each of the examples chosen (N,) bool until one breaks it."""
-        examples = chosen.nonzero()[:, 0].tolist()
-        for search, last in ((self.brief_search, self.brief_runs), (self.search, self.apgd_runs)):
-            self._make(search, _Queue(self.log, min(last, 1) if first_only else last, examples))
-        if first_only:
-            return
-        for number in range(self.apgd_runs, len(self.log.runs)):
-            left = [i for i in examples if not self.log.broken[i] and self.log.next_run(i) == number]
+        for search, last in self.searches:
+            self._make(search, min(last, 1) if first_only else last, chosen)
+        for number in () if first_only else range(self.apgd_runs, len(self.log.runs)):
+            left = (chosen & ~self.log.broken & (self.log.next_run == number)).nonzero()[:, 0]
             for start in range(0, len(left), self.network.batch_size):
                 self._make_other(number, left[start : start + self.network.batch_size])
 
-    def _make(self, search: APGD, queue: _Queue) -> None:
-        """The queue's runs, which all are of this search, side by side."""
-        if not queue.waiting:
-            return
-        device, none = self.network.device, torch.zeros(0, dtype=torch.int64)
-        empty = none.to(device)
-        rows = _Rows(search.begin(self.examples.x(none).to(device)), empty, empty)
-        while queue.waiting or rows.who:
-            new = queue.take(self.network.batch_size - len(rows.who))
+    def _make(self, search: APGD, last: int, chosen: Tensor) -> None:
+        """The runs before number `last`, which all are of this search, on the examples chosen, side by side."""
+        next_run = self.log.next_run
+        left = (chosen & ~self.log.broken & (next_run < last)).nonzero()[:, 0]
+        pairs = zip(next_run[left].tolist(), left.tolist(), strict=True)
+        waiting = deque(sorted(Attempt(run, example) for run, example in pairs))  # the earlier runs first
+        total, done = last * len(waiting), sum(each.run for each in waiting)
+        rows: list[Attempt] = []
+        state = search.begin(self.examples.x(torch.arange(0)).to(self.network.device))  # of the rows
+        while waiting or rows:
+            new = [waiting.popleft() for _ in range(min(len(waiting), self.network.batch_size - len(rows)))]
             if new:
-                rows.add(*self._begin(search, new), new)
-            broken = self._judge(search, rows)
-            self._finish(search, rows, broken, queue)
-            if rows.who:
-                search.move(rows.state)
-            self._tell(rows, queue)
+                rows, state = rows + new, state.join(self._begin(search, new))
+            self._judge(search, state, rows)
+            going = [not row.broken and row.passes < search.ticks for row in rows]
+            if not all(going):
+                finished = [row for row, goes in zip(rows, going, strict=True) if not goes]
+                self._note(finished)
+                done += sum(last - each.run if each.broken else 1 for each in finished)
+                more = [each for each in finished if not each.broken and each.run + 1 < last]
+                waiting.extend(Attempt(each.run + 1, each.example) for each in more)
+                rows = [row for row, goes in zip(rows, going, strict=True) if goes]
+                state = state.pick(torch.tensor(going, device=state.x.device))
+            if rows:
+                search.move(state)
+            running = [f"{self.log.runs[row.run]} ({row.run + 1} of {self.apgd_runs})" for row in sorted(rows)[:1]]
+            unbroken = f"{int((chosen & ~self.log.broken).sum())} examples not yet broken"
+            self.context.callback.progress(self.threat, done, total, ", ".join([*running, unbroken]))
 
-    def _begin(self, search: APGD, new: Sequence[tuple[int, int]]) -> tuple[APGDState, Tensor, Tensor]:
-        """State, labels and targeted classes of new rows, at their random starts."""
-        runs, index = [self.log.runs[run] for run, _ in new], torch.tensor([example for _, example in new])
-        x = self.examples.x(index)
-        targets = [
-            int(self.context.ranking[example, run.number]) if run.kind == "T" else UNTARGETED
-            for run, (_, example) in zip(runs, new, strict=True)
-        ]
-        start = random_starts(x, index.tolist(), self.threat, runs, self.context.plan.seed)
-        parts = x, start, self.examples.y[index], torch.tensor(targets)
-        x, start, y, target = (part.to(self.network.device) for part in parts)
-        return search.begin(x, start), y, target
+    def _begin(self, search: APGD, new: Sequence[Attempt]) -> APGDState:
+        """New rows at their random starts."""
+        examples, runs = [each.example for each in new], [self.log.runs[each.run] for each in new]
+        x = self.examples.x(torch.tensor(examples))
+        start = random_starts(x, examples, self.threat, runs, self.context.plan.seed)
+        return search.begin(x.to(self.network.device), start.to(self.network.device))
 
-    def _judge(self, search: APGD, rows: _Rows) -> list[bool]:
-        """Put each row's iterate to the network and tell the search; for each row: an allowed image broke the example."""
-        x_adv = rows.state.x + rows.state.delta
+    def _judge(self, search: APGD, state: APGDState, rows: Sequence[Attempt]) -> None:
+        """Put each row's iterate to the network and tell the search; note on the rows which examples an allowed image broke."""
+        device, index = self.network.device, torch.tensor([row.example for row in rows])
+        runs = [self.log.runs[row.run] for row in rows]
+        # APGD-T's target is a number of the ranking, from 1.
+        number = torch.tensor([run.number if run.kind == "T" else 0 for run in runs])
+        target = torch.where(number > 0, self.context.ranking[index, number].long(), UNTARGETED).to(device)
+        x_adv, y = state.x + state.delta, self.examples.y[index].to(device)
         # The gradient is not needed at a run's last iterate; rows that started together end together.
-        with_grad = min(rows.ticks) + 1 < search.ticks
+        with_grad = min(row.passes for row in rows) + 1 < search.ticks
         model = self.network.attack_model or self.network.model
-        loss = partial(_mixed_loss, target=rows.target)
-        value, grad, misclassified = loss_and_grad(model, x_adv, rows.y, loss, with_grad)
-        search.receive(rows.state, value, grad)
-        rows.ticks = [tick + 1 for tick in rows.ticks]
-        wrong = misclassified.cpu() & torch.tensor([tick > search.counts_from for tick in rows.ticks])
+        value, grad, misclassified = loss_and_grad(model, x_adv, y, partial(_mixed_loss, target=target), with_grad)
+        search.receive(state, value, grad)
+        wrong = misclassified.cpu() & torch.tensor([row.passes >= search.counts_from for row in rows])
         if self.network.attack_model and bool(wrong.any()):
-            again = wrong.nonzero()[:, 0].to(rows.y.device)
-            wrong[wrong.clone()] = self.network.predictions(x_adv[again]) != rows.y[again].cpu()
-        allowed: list[bool] = self._allowed([example for _, example in rows.who], x_adv, wrong).tolist()
-        return allowed
+            wrong[wrong.clone()] = self.network.predictions(x_adv[wrong.to(device)]) != self.examples.y[index[wrong]]
+        for row, broken in zip(rows, self._allowed(index, x_adv, wrong).tolist(), strict=True):
+            row.passes, row.broken = row.passes + 1, broken
 
-    def _allowed(self, examples: Sequence[int], x_adv: Tensor, wrong: Tensor) -> Tensor:
+    def _allowed(self, index: Tensor, x_adv: Tensor, wrong: Tensor) -> Tensor:
         """Of the misclassified (B,) images x_adv (B, ...) those in ball and box, which the callback gets; the others are warned of."""
-        rows = wrong.nonzero()[:, 0]
-        if not len(rows):
+        if not bool(wrong.any()):
             return wrong
-        numbers, found = [examples[row] for row in rows.tolist()], x_adv[rows.to(x_adv.device)].cpu()
-        allowed = self.threat.contains(self.examples.x(torch.tensor(numbers)), found)
+        numbers, found = index[wrong], x_adv[wrong.to(x_adv.device)].cpu()
+        allowed = self.threat.contains(self.examples.x(numbers), found)
         if not bool(allowed.all()):
-            warnings.warn(
-                f"{int((~allowed).sum())} images are outside {self.threat} or [0, 1]: they do not count", stacklevel=2
-            )
+            outside = f"{int((~allowed).sum())} images are outside {self.threat} or [0, 1]"
+            warnings.warn(f"{outside}: they do not count", stacklevel=2)
         if bool(allowed.any()):
-            told = [number for number, good in zip(numbers, allowed.tolist(), strict=True) if good]
-            self.callback.broken(self.threat, told, found[allowed])
-        return wrong.index_put((rows,), allowed)
+            self.context.callback.broken(self.threat, numbers[allowed].tolist(), found[allowed])
+        return wrong.masked_scatter(wrong, allowed)
 
-    def _finish(self, search: APGD, rows: _Rows, broken: Sequence[bool], queue: _Queue) -> None:
-        """Take out the rows whose runs are over, and queue their examples' next ones."""
-        over = [hit or tick == search.ticks for hit, tick in zip(broken, rows.ticks, strict=True)]
-        if not any(over):
-            return
-        each_row = zip(rows.who, rows.ticks, broken, over, strict=True)
-        finished = [FinishedRun(example, run, tick, hit) for (run, example), tick, hit, ends in each_row if ends]
-        self._note(finished)
-        for each in finished:
-            queue.finished(each)
-        rows.keep([not ends for ends in over])
-
-    def _make_other(self, number: int, chosen: Sequence[int]) -> None:
+    def _make_other(self, number: int, index: Tensor) -> None:
         """One of the other attacks on a batch of examples; its starts may depend on the batch."""
         passes = 0
 
@@ -213,84 +190,28 @@ class ThreatEvaluator:
             passes += len(images)
             return self.network.model(images)
 
-        index = torch.tensor(chosen)
         x, y = self.examples.x(index), self.examples.y[index]
         attack = self.context.other_attacks[self.log.runs[number].kind]
         x_adv = attack(counted, x.to(self.network.device), y.to(self.network.device), self.threat)
         wrong = (self.network.predictions(x_adv) != y) & (x_adv.cpu() != x).flatten(1).any(1)
-        broken = self._allowed(chosen, x_adv, wrong).tolist()
-        each = max(passes // len(chosen), 1)
-        self._note([FinishedRun(example, number, each, hit) for example, hit in zip(chosen, broken, strict=True)])
+        pairs = zip(index.tolist(), self._allowed(index, x_adv, wrong).tolist(), strict=True)
+        self._note([Attempt(number, example, max(passes // len(index), 1), broken) for example, broken in pairs])
 
-    def _note(self, finished: Sequence[FinishedRun]) -> None:
+    def _note(self, finished: Sequence[Attempt]) -> None:
         self.log.add(finished)
-        self.callback.runs_finished(self.threat, finished)
-
-    def _tell(self, rows: _Rows, queue: _Queue) -> None:
-        run = ""
-        if rows.who:
-            earliest = min(rows.who)[0]
-            run = f"{self.log.runs[earliest]} ({earliest + 1} of {self.apgd_runs})"
-        self.callback.progress(Progress(self.threat, queue.done, queue.total, run, queue.unbroken))
-
-
-@dataclass
-class _Rows:
-    """The runs that are being made, one a row of the batch."""
-
-    state: APGDState
-    y: Tensor  # (B,)
-    target: Tensor  # (B,) the targeted class, or UNTARGETED
-    who: list[tuple[int, int]] = field(default_factory=list)  # (run, example) of each row
-    ticks: list[int] = field(default_factory=list)  # iterates judged, as state.tick, which is on the device
-
-    def add(self, state: APGDState, y: Tensor, target: Tensor, who: Sequence[tuple[int, int]]) -> None:
-        self.state, self.y = self.state.join(state), torch.cat([self.y, y])
-        self.target = torch.cat([self.target, target])
-        self.who, self.ticks = [*self.who, *who], self.ticks + [0] * len(who)
-
-    def keep(self, mask: Sequence[bool]) -> None:
-        chosen = torch.tensor(mask, device=self.y.device)
-        self.state, self.y, self.target = self.state.pick(chosen), self.y[chosen], self.target[chosen]
-        self.who = [who for who, kept in zip(self.who, mask, strict=True) if kept]
-        self.ticks = [tick for tick, kept in zip(self.ticks, mask, strict=True) if kept]
-
-
-class _Queue:
-    """Runs to be made, the earlier numbers first, and how many are left."""
-
-    def __init__(self, log: AttackLog, last: int, chosen: Sequence[int]) -> None:
-        self.last = last
-        self.waiting = deque(
-            sorted((log.next_run(i), i) for i in chosen if not log.broken[i] and log.next_run(i) < last)
-        )
-        self.total = last * len(self.waiting)
-        self.done = sum(run for run, _ in self.waiting)
-        self.unbroken = sum(not bool(log.broken[i]) for i in chosen)
-
-    def take(self, number: int) -> list[tuple[int, int]]:
-        return [self.waiting.popleft() for _ in range(min(len(self.waiting), number))]
-
-    def finished(self, each: FinishedRun) -> None:
-        self.done += self.last - each.run if each.broken else 1
-        self.unbroken -= each.broken
-        if not each.broken and each.run + 1 < self.last:
-            self.waiting.append((each.run + 1, each.example))
+        self.context.callback.runs_finished(self.threat, finished)
 
 
 def random_starts(x: Tensor, examples: Sequence[int], threat: Threat, runs: Sequence[AttackRun], seed: int) -> Tensor:
     """A start (B, ...) for each row's example and run, whatever the batch, which the attack projects on ball and box."""
-    norm = threat.spec.seed_number
-    noise = torch.stack(
-        [
-            torch.randn(x.shape[1:], generator=generator(seed, example, norm, APGD_KINDS.index(run.kind), run.number))
-            for example, run in zip(examples, runs, strict=True)
-        ]
-    )
+    norm, pairs = threat.spec.seed_number, zip(examples, runs, strict=True)
+    draws = [generator(seed, i, norm, APGD_KINDS.index(run.kind), run.number) for i, run in pairs]
+    noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
     return threat.spec.random_start(noise, threat.eps)
 
 
 def _mixed_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Per row (B,): cross-entropy where target is UNTARGETED, else the targeted DLR, or the margin for fewer than four classes."""
-    targeted = (dlr_targeted if logits.shape[1] >= 4 else margin_targeted)(logits, y, target.clamp(min=0))
-    return torch.where(target == UNTARGETED, cross_entropy(logits, y), targeted)
+    targeted_loss = losses.dlr_targeted if logits.shape[1] >= 4 else losses.margin_targeted
+    targeted = targeted_loss(logits, y, target.clamp(min=0))
+    return torch.where(target == UNTARGETED, losses.cross_entropy(logits, y), targeted)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .apgd import Model, expand_per_example, loss_and_grad, select_per_example
+from .apgd import Model, loss_and_grad, select_per_example
 from .losses import cross_entropy
+from .projections import expand_per_example
 from .threat import Threat
 
 # Of the entries, at least one, that a sparse (L1) step moves: highest loss on CIFAR-10 (docs/log.md).

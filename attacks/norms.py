@@ -1,4 +1,7 @@
-"""All that the attacks know of a norm, in one object each: a new norm is a NormSpec given to `register_norm`, and nothing else."""
+"""All that the attacks know of a norm, in one object each: a new norm is a NormSpec given to `register_norm`, and nothing else.
+
+A norm is its projection (projections.py), its direction of steepest ascent, the rule that adapts APGD's step, and its random start.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,127 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from .controllers import HalvingController, SparseController, StepController
-from .directions import steepest_l1, steepest_l2, steepest_linf
 from .projections import expand_per_example, project_l1, project_l2, project_linf
 
+if TYPE_CHECKING:
+    from .apgd import APGDState
+
 Stages = Sequence[tuple[float, int]]  # (radius, steps) of each stage of a run
+
+
+def steepest_linf(grad: Tensor, keep: Tensor) -> Tensor:
+    """The gradient's sign."""
+    return grad.sign()
+
+
+def steepest_l2(grad: Tensor, keep: Tensor) -> Tensor:
+    """The gradient over its L2 norm; 0 where it is 0."""
+    tiny = torch.finfo(grad.dtype).tiny
+    # Scaled first: the squares of a saturated network's gradients underflow.
+    scaled = grad / expand_per_example(grad.flatten(1).abs().amax(1).clamp(min=tiny), grad)
+    return scaled / expand_per_example(scaled.flatten(1).norm(dim=1).clamp(min=tiny), scaled)
+
+
+def steepest_l1(grad: Tensor, keep: Tensor) -> Tensor:
+    """The signs of each example's `keep` (B,) largest entries (rounded up), over their number (arXiv 2103.01208, section 4)."""
+    size = grad.flatten(1).abs()
+    count = keep.ceil().clamp(1, size.shape[1])[:, None]
+    signs = grad.flatten(1).sign() * (size >= kth_largest(size, count))
+    return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view(grad.shape)
+
+
+def kth_largest(size: Tensor, k: Tensor) -> Tensor:
+    """The k-th (B, 1) largest, from 1, of each row of size (B, N), all >= 0: (B, 1).
+
+    Bit by bit from the highest: floats are in the order of their bits. A sort costs many times as much (docs/log.md); topk needs one
+    k for all rows.
+    """
+    whole, bits = (torch.int64, 63) if size.dtype == torch.float64 else (torch.int32, 31)
+    found = torch.zeros_like(size[:, :1]).view(whole)
+    chosen = torch.empty_like(size)
+    for bit in reversed(range(bits)):
+        more = found + 2**bit
+        enough = torch.ge(size, more.view(size.dtype), out=chosen).sum(1, keepdim=True) >= k
+        found = torch.where(enough, more, found)
+    return found.view(size.dtype)
+
+
+class StepController:
+    """What APGD does at its check-points, for each row of the batch. What a subclass has to remember of a row is in APGDState."""
+
+    momentum: ClassVar[bool]
+
+    def __init__(self, top_fraction: float) -> None:
+        self.top_fraction = top_fraction  # of the entries that the first step moves, where directions are sparse
+
+    @staticmethod
+    def check_points(n_iter: int) -> list[int]:
+        """For each of n_iter steps the number of steps since the last check-point where it is one, else 0."""
+        raise NotImplementedError
+
+    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+        """Set rows.step (B,) and what goes with it after a loss was taken in; (B,) bool: go back to the best iterate.
+
+        rose (B,): the loss is above the last one's; starts (B,): a stage starts here; interval (B,): the steps since the last
+        check-point if this is one, else 0; eps (B,): the stage's radius.
+        """
+        raise NotImplementedError
+
+
+class HalvingController(StepController):
+    """Linf and L2: momentum, and a step from 2 eps that is halved where the loss stopped rising (arXiv 2003.01690, algorithm 1)."""
+
+    momentum = True
+
+    @staticmethod
+    def check_points(n_iter: int) -> list[int]:
+        interval, shorter, shortest = (max(int(part * n_iter), 1) for part in (0.22, 0.03, 0.06))
+        checks, since = [], 0
+        for _ in range(n_iter):
+            since += 1
+            checks.append(since if since == interval else 0)
+            if since == interval:
+                interval, since = max(interval - shorter, shortest), 0
+        return checks
+
+    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+        rises = rows.rises + rose
+        stuck = ~rows.halved & (rows.best_value <= rows.value_at_check)
+        check = interval > 0
+        halve = check & ((rises <= 0.75 * interval) | stuck)
+        rows.step = torch.where(starts, 2 * eps, torch.where(halve, rows.step / 2, rows.step))
+        rows.halved = torch.where(check, halve, rows.halved | starts)
+        rows.value_at_check = torch.where(check | starts, rows.best_value, rows.value_at_check)
+        rows.rises = torch.where(check | starts, 0, rises)
+        return halve
+
+
+class SparseController(StepController):
+    """L1: no momentum; steps that move few entries, as many as the best iterate's sparsity suggests (arXiv 2103.01208, algorithm 1)."""
+
+    momentum = False
+
+    @staticmethod
+    def check_points(n_iter: int) -> list[int]:
+        every = max(int(0.04 * n_iter), 1)
+        return [0 if (k + 1) % every else every for k in range(n_iter)]
+
+    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+        check = interval > 0
+        nonzeros = (rows.best_delta != 0).flatten(1).sum(1).to(rows.step.dtype)
+        n = rows.x[0].numel()
+        sparser = check & (nonzeros < 0.95 * rows.nonzeros)  # then a new start: step eps, from the best iterate
+        fresh = (rows.tick == 0) | (starts & (nonzeros == 0))  # a run's start, however dense, or the clean image
+        smaller = torch.maximum(rows.step / 1.5, eps / 10)
+        rows.step = torch.where(starts | sparser, eps, torch.where(check, smaller, rows.step))
+        rows.keep = torch.where(fresh, self.top_fraction * n, torch.where(check | starts, nonzeros / 1.5, rows.keep))
+        rows.nonzeros = torch.where(fresh, n, torch.where(check | starts, nonzeros, rows.nonzeros))
+        return sparser
 
 
 def one_stage(eps: float, n_iter: int) -> Stages:
@@ -30,7 +145,10 @@ def shrinking(eps: float, n_iter: int) -> Stages:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm ||.|| of perturbations delta = x_adv - x. B examples, any image shape; radii eps in pixels of [0, 1]."""
+    """A norm ||.|| of perturbations delta = x_adv - x. B examples, any image shape; radii eps in pixels of [0, 1].
+
+    No function of it may branch on data, so that no GPU waits.
+    """
 
     name: str
     project: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,6 +174,9 @@ class NormSpec:
         return zlib.crc32(self.name.encode()) if self.seed is None else self.seed
 
 
+NORMS: dict[str, NormSpec] = {}
+
+
 def register_norm(spec: NormSpec) -> NormSpec:
     """Make the norm known by its name, to Threat and all attacks. Raises ValueError if that name is taken by another one."""
     if NORMS.get(spec.name, spec) != spec:
@@ -64,7 +185,7 @@ def register_norm(spec: NormSpec) -> NormSpec:
     return spec
 
 
-def vector_norm(delta: Tensor, order: float) -> Tensor:
+def lp_size(order: float, delta: Tensor) -> Tensor:
     """Lp norms (B,) of delta (B, ...)."""
     return torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
 
@@ -84,45 +205,14 @@ def as_it_is(noise: Tensor, eps: float) -> Tensor:
     return noise
 
 
-NORMS: dict[str, NormSpec] = {}
-register_norm(
-    NormSpec(
-        name="Linf",
-        project=project_linf,
-        steepest=steepest_linf,
-        size=partial(vector_norm, order=float("inf")),
-        random_start=uniform_in_cube,
-        seed=0,
-        pyautoattack=True,
-        per_pixel=True,
-        colour="#0072b2",
-    )
-)
-register_norm(
-    NormSpec(
-        name="L2",
-        project=project_l2,
-        steepest=steepest_l2,
-        size=partial(vector_norm, order=2.0),
-        random_start=on_sphere,
-        seed=1,
-        pyautoattack=True,
-        colour="#009e73",
-    )
-)
-register_norm(
-    NormSpec(
-        name="L1",
-        project=project_l1,
-        steepest=steepest_l1,
-        size=partial(vector_norm, order=1.0),
-        random_start=as_it_is,
-        controller=SparseController,
-        stages=shrinking,
-        restarts=(5, 5),
-        brief_first=True,
-        seed=2,
-        pyautoattack=True,
-        colour="#d55e00",
-    )
-)
+register_norm(NormSpec(
+    "Linf", project_linf, steepest_linf, partial(lp_size, float("inf")), uniform_in_cube,
+    seed=0, pyautoattack=True, per_pixel=True, colour="#0072b2",
+))  # fmt: skip
+register_norm(NormSpec(
+    "L2", project_l2, steepest_l2, partial(lp_size, 2.0), on_sphere, seed=1, pyautoattack=True, colour="#009e73"
+))  # fmt: skip
+register_norm(NormSpec(
+    "L1", project_l1, steepest_l1, partial(lp_size, 1.0), as_it_is, SparseController, shrinking, restarts=(5, 5), brief_first=True,
+    seed=2, pyautoattack=True, colour="#d55e00",
+))  # fmt: skip

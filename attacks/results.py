@@ -1,4 +1,4 @@
-"""What an evaluation finds: which examples broke by which run, accuracies with intervals."""
+"""An evaluation's runs: the plan, which is what is spent on an example; the log of what they did; the accuracies and their intervals."""
 
 from __future__ import annotations
 
@@ -8,20 +8,76 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .plan import AttackRun
+from .norms import NORMS
 from .threat import Threat
 
 Z95 = 1.959963984540054  # 97.5 % of the normal distribution lie below
+APGD_KINDS = ("CE", "T", "brief")
+ATTACKS = ("standard", "fast", "autoattack")
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """A run that is over: it broke the example, or made all its steps."""
+class AttackRun:
+    """One run of an attack on an example: cross-entropy (CE, brief), to the `number`-th most likely other class (T), FAB-T or Square."""
 
-    example: int
+    kind: str
+    number: int = 0  # of the restart, from 0, or of the target, from 1
+
+    def __str__(self) -> str:
+        names = {
+            "CE": f"APGD-CE restart {self.number + 1}",
+            "T": f"APGD-T target {self.number}",
+            "brief": "APGD-CE, one radius, a fifth of the steps",
+        }
+        return names.get(self.kind, self.kind)
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """How much is spent on an example: the attacks by name (see `runs`), steps of a run, and the number of its kinds."""
+
+    attacks: str = "standard"
+    n_iter: int = 100
+    n_restarts: int | None = None
+    n_targets: int | None = None
+    union_only: bool = False  # an example broken under one norm is not attacked under the others
+    seed: int = 0  # of the random starts
+
+    def runs(self, norm: str, num_classes: int) -> list[AttackRun]:
+        """The runs on each example not yet broken, in turn. Raises ValueError for attacks that are unknown or not made for the norm.
+
+        standard: APGD-CE and APGD-T, 10 in all, 1 restart + 9 targets for Linf and L2, 5 + 5 for L1 (arXiv 2105.12508, section 5), where
+        a brief run at the radius itself comes first: runs of three radii can break an example in their last 40 % alone, this one breaks
+        most of what breaks within a few steps. fast: one APGD-CE; autoattack: standard, then FAB-T and Square. n_restarts and n_targets
+        change the numbers; there are at most num_classes - 1 targets.
+        """
+        spec = NORMS[norm]
+        if self.attacks not in ATTACKS:
+            raise ValueError(f"unknown attacks {self.attacks!r}; choose one of {' '.join(ATTACKS)}")
+        if self.attacks == "autoattack" and not spec.pyautoattack:
+            raise ValueError(
+                f"pyautoattack, whose FAB-T and Square autoattack adds, knows no norm {norm}; take standard"
+            )
+        restarts, targets = (1, 0) if self.attacks == "fast" else spec.restarts
+        restarts = restarts if self.n_restarts is None else self.n_restarts
+        targets = min(targets if self.n_targets is None else self.n_targets, num_classes - 1)
+        runs = [AttackRun("brief")] if spec.brief_first and self.attacks != "fast" else []
+        runs += [AttackRun("CE", number) for number in range(restarts)]
+        runs += [AttackRun("T", number) for number in range(1, targets + 1)]
+        return runs + ([AttackRun("FAB-T"), AttackRun("Square")] if self.attacks == "autoattack" else [])
+
+
+STANDARD = AttackPlan()
+
+
+@dataclass(order=True)
+class Attempt:
+    """One run on one example; over when it broke the example or made all its steps."""
+
     run: int  # its number in AttackLog.runs
-    passes: int  # forward passes
-    broken: bool
+    example: int
+    passes: int = 0  # forward passes so far
+    broken: bool = False
 
 
 @dataclass
@@ -42,12 +98,13 @@ class AttackLog:
         """(N,) bool."""
         return self.broken_by >= 0
 
-    def next_run(self, example: int) -> int:
-        """Number of the first run that was not made on the example."""
-        return int((self.passes[example] > 0).sum())
+    @property
+    def next_run(self) -> Tensor:
+        """(N,) int64: number of the first run that was not made on the example."""
+        return (self.passes > 0).sum(1)
 
-    def add(self, finished: Sequence[FinishedRun]) -> None:
-        """Note these runs."""
+    def add(self, finished: Sequence[Attempt]) -> None:
+        """Note attempts that are over."""
         for each in finished:
             self.passes[each.example, each.run] = each.passes
             if each.broken:
@@ -92,11 +149,9 @@ class Evaluation:
         rows: dict[str, dict[str, float]] = {}
         for name, outcome in self.outcomes().items():
             values = outcome.double()
-            low, high = (
-                normal_interval(values) if name == "average" else wilson_interval(int(values.sum()), len(values))
-            )
-            parts = {"accuracy": float(values.mean()), "low": low, "high": high}
-            rows[name] = {key: round(100 * part, 2) for key, part in parts.items()} | {"points": len(values)}
+            interval = normal_interval(values) if name == "average" else wilson_interval(int(values.sum()), len(values))
+            parts = zip(("accuracy", "low", "high"), (float(values.mean()), *interval), strict=True)
+            rows[name] = {key: round(100 * part, 2) for key, part in parts} | {"points": len(values)}
         return rows
 
     def __str__(self) -> str:
@@ -106,10 +161,9 @@ class Evaluation:
 def table(rows: dict[str, dict[str, float]], title: str = "") -> str:
     """Accuracy, 95 % interval and number of examples, a line each."""
     lines = [f"{title:<28}accuracy   95 % interval   images"]
-    lines += [
-        f"  {name:<26}{r['accuracy']:7.2f} %  [{r['low']:5.1f}, {r['high']:5.1f}]   {r['points']:6d}"
-        for name, r in rows.items()
-    ]
+    for name, row in rows.items():
+        figures = f"{row['accuracy']:7.2f} %  [{row['low']:5.1f}, {row['high']:5.1f}]   {row['points']:6d}"
+        lines.append(f"  {name:<26}{figures}")
     return "\n".join(lines)
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .apgd import Model
 from .checks import network_warnings, result_warnings
 from .evaluator import EvaluationCallback, EvaluationContext, Examples, Network, ThreatEvaluator
-from .plan import STANDARD, AttackPlan
-from .results import AttackLog, Evaluation
+from .results import STANDARD, AttackLog, AttackPlan, Evaluation
 from .threat import Threat
 
 
@@ -35,12 +34,11 @@ def robust_accuracy(
     network = Network(model, first.device, batch_size)
     ranking, found = rank_classes(network, examples, torch.arange(len(examples)))
     clean = ranking[:, 0] == examples.y
-    images = _BrokenImages(examples)
-    context = EvaluationContext(network, examples, ranking, plan, images)
+    x_adv = {threat: examples.x(torch.arange(len(examples))) for threat in threats}
+    context = EvaluationContext(network, examples, ranking, plan, _KeepImages(x_adv))
     logs = {threat: context.empty_log(threat) for threat in threats}
     make_runs(context, logs, clean)
-    evaluation = Evaluation(clean, logs, plan.union_only, warnings=found)
-    evaluation.x_adv = {threat: images.x_adv(threat) for threat in threats}
+    evaluation = Evaluation(clean, logs, plan.union_only, warnings=found, x_adv=x_adv)
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
 
@@ -77,23 +75,14 @@ def make_runs(context: EvaluationContext, logs: Mapping[Threat, AttackLog], chos
             unbroken = unbroken & ~logs[threat].broken
 
 
-class _BrokenImages(EvaluationCallback):
-    """Keeps the images that broke examples."""
+class _KeepImages(EvaluationCallback):
+    """Puts the images that broke examples into x_adv, (N, C, H, W) of each threat model."""
 
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-        self.found: dict[tuple[Threat, int], Tensor] = {}
+    def __init__(self, x_adv: dict[Threat, Tensor]) -> None:
+        self.x_adv = x_adv
 
     def broken(self, threat: Threat, examples: Sequence[int], x_adv: Tensor) -> None:
-        self.found |= {(threat, example): image for example, image in zip(examples, x_adv, strict=True)}
-
-    def x_adv(self, threat: Threat) -> Tensor:
-        """(N, C, H, W), clean where no image broke the example."""
-        images = self.examples.x(torch.arange(len(self.examples)))
-        for (of, example), image in self.found.items():
-            if of == threat:
-                images[example] = image
-        return images
+        self.x_adv[threat][list(examples)] = x_adv
 
 
 def _checked_examples(x: Tensor, y: Tensor) -> Examples:

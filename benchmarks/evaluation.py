@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywh
 
 from attacks.evaluator import Examples
 from attacks.norms import NORMS
-from attacks.plan import AttackPlan
+from attacks.results import AttackPlan
 from attacks.threat import Threat
 from config import threats_of
 from data import load_dataset

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from attacks.apgd import Model
 from attacks.checks import result_warnings
-from attacks.evaluator import EvaluationContext, Examples, Network
-from attacks.plan import STANDARD, AttackPlan
-from attacks.results import AttackLog, Evaluation
+from attacks.evaluator import EvaluationContext, Examples, Network, OtherAttack
+from attacks.results import STANDARD, AttackPlan, Evaluation
 from attacks.standard import make_runs, rank_classes
 from attacks.threat import Threat
-from evaluation.autoattack import library_attacks
 from evaluation.curve import accuracy_curve, curve_logs, make_curve_runs
-from evaluation.storage import Journal, Recorder, open_images
+from evaluation.storage import Store
 from utils.distributed import Process, barrier
 from utils.precision import Amp, autocast_model
 
@@ -55,27 +55,42 @@ def evaluate(
     the images that broke examples are in its adv_THREAT.npy (clean ones elsewhere), and what its journal says is done is not done again:
     that must be of the same network, examples, threats, plan, amp and curve. Images outside ball or box do not count and are warned of.
     """
-    device, rank = options.process.device, options.process.rank
-    journal, mine = Journal(folder, rank), torch.arange(rank, len(examples), options.process.world_size)
+    device, rank, n = options.process.device, options.process.rank, len(examples)
     attack_model = None if options.amp == "off" else autocast_model(model, device, options.amp)
     network = Network(model, device, options.batch_size, attack_model)
+    mine = torch.arange(rank, n, options.process.world_size)
     ranking, warnings = rank_classes(network, examples, mine)
-    journal.add_clean(mine, ranking[mine, 0] == examples.y[mine])
-    images = open_images(folder, threats, examples, rank)
-    recorder = Recorder(journal, images, options.progress and rank == 0)
-    others = library_attacks(plan.seed, ranking.shape[1])
-    context = EvaluationContext(network, examples, ranking, plan, recorder, others)
+    clean, chosen = torch.zeros(2, n, dtype=torch.bool)
+    clean[mine] = ranking[mine, 0] == examples.y[mine]
+    store = Store(folder, rank, threats, examples, options.progress and rank == 0)
+    store.add_clean(mine, clean)
+    context = EvaluationContext(network, examples, ranking, plan, store, library_attacks(plan.seed, ranking.shape[1]))
     logs = {threat: context.empty_log(threat) for threat in threats}
-    curve: dict[Threat, AttackLog] = curve_logs(threats, len(examples)) if options.curve else {}
-    chosen = torch.zeros(len(examples), dtype=torch.bool)
-    chosen[mine] = journal.replay(len(examples), logs | curve)[mine]
+    curve = curve_logs(threats, n) if options.curve else {}
+    store.replay(clean, logs | curve)
+    chosen[mine] = clean[mine]
     make_runs(context, logs, chosen)
-    if options.curve:
+    if curve:
         make_curve_runs(context, logs, curve, chosen)
     barrier()
-    clean = journal.replay(len(examples), logs | curve)  # with the other processes' part
+    store.replay(clean, logs | curve)  # with the other processes' part
     evaluation = Evaluation(clean, logs, plan.union_only, warnings=warnings)
-    if options.curve:
+    if curve:
         evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in threats}
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
+
+
+def library_attacks(seed: int, num_classes: int) -> dict[str, OtherAttack]:
+    """FAB-T and Square of pyautoattack, the rest of AutoAttack (--attacks=autoattack). Their starts depend on the batch."""
+
+    def attack(name: str, model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+        from pyautoattack import AutoAttack
+
+        library = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=seed, device=x.device)
+        library.attacks_to_run = [name.lower()]
+        library.fab.n_target_classes = min(9, num_classes - 1)
+        x_adv: Tensor = library.run_standard_evaluation(x, y, batch_size=len(x))[0]
+        return x_adv
+
+    return {name: partial(attack, name) for name in ("FAB-T", "Square")}

@@ -6,34 +6,61 @@ import base64
 import io
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from attacks.evaluator import Examples, Network
 from attacks.norms import NORMS
+from attacks.results import Evaluation
+from evaluation.storage import image_path
 
 COLOURS = {"clean": "#555555", "union": "#000000"}
+SHOWN, LOOKED_AT = 8, 250
+ShownExample = dict[str, tuple[NDArray[Any], str]]
+"""An example's images (H, W, C) in [0, 1], `clean` and by norm those that broke it, each with what the network says of it."""
 
 
-@dataclass(frozen=True)
-class ShownImage:
-    """An image (H, W, C) in [0, 1], the class that the network predicts, and its probability."""
+def worst_examples(
+    network: Network, examples: Examples, result: Evaluation, folder: Path, class_names: Sequence[str]
+) -> list[ShownExample]:
+    """Up to 8 for the page: of each pattern of broken norms in turn the one with the surest wrong answer, from at most 250."""
+    if not any(bool(log.broken.any()) for log in result.logs.values()):
+        return []
+    broken = torch.stack([log.broken for log in result.logs.values()])
+    looked_at = broken.any(0).nonzero()[:LOOKED_AT, 0]
+    x = {"clean": examples.x(looked_at)}
+    for threat in result.logs:
+        x[threat.norm] = torch.from_numpy(np.load(image_path(folder, threat), mmap_mode="r")[looked_at.numpy()])
+    with torch.no_grad():
+        logits = {name: network.model(images.to(network.device)).float() for name, images in x.items()}
+    answers = {name: each.softmax(1).max(1) for name, each in logits.items()}
+    norms, wrong = [threat.norm for threat in result.logs], broken[:, looked_at]
+    shown = []
+    for row in _in_turn(torch.stack([answers[norm].values.cpu() for norm in norms]), wrong):
+        label = class_names[int(examples.y[looked_at[row]])]
+        headings = {"clean": f"label {label}"} | {norms[i]: norms[i] for i in wrong[:, row].nonzero()[:, 0].tolist()}
+        example: ShownExample = {}
+        for name, heading in headings.items():
+            confidence, predicted = (float(part[row]) for part in answers[name])
+            says = f"{heading}\n{class_names[int(predicted)]}, {100 * confidence:.0f} %"
+            example[name] = x[name][row].permute(1, 2, 0).numpy(), says
+        shown.append(example)
+    return shown
 
-    image: NDArray[Any]
-    predicted: str
-    confidence: float
 
-
-@dataclass(frozen=True)
-class ShownExample:
-    """An example's label, clean image, and those that broke it, by norm."""
-
-    label: str
-    clean: ShownImage
-    adversarial: dict[str, ShownImage]
+def _in_turn(confidence: Tensor, wrong: Tensor) -> list[int]:
+    """Up to 8 of B: of each pattern of wrong (V, B) norms in turn the one with the highest confidence (V, B) in a wrong answer."""
+    surest = torch.where(wrong, confidence, 0).amax(0).tolist()
+    patterns: dict[tuple[bool, ...], list[tuple[float, int]]] = {}
+    for row, pattern in enumerate(wrong.T.tolist()):
+        patterns.setdefault(tuple(pattern), []).append((surest[row], row))
+    queues = [sorted(rows, reverse=True) for _, rows in sorted(patterns.items())]
+    return [queue[turn][1] for turn in range(SHOWN) for queue in queues if turn < len(queue)][:SHOWN]
 
 
 def write_report(
@@ -46,46 +73,27 @@ def write_report(
     """Write the page from eval.json's content, all labels (N,) and some examples."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    settings, env = content["settings"], content["environment"]
     pictures = [_classes(content["outcomes"], labels, class_names)]
     if "curve" in content:
         pictures.append(_curve(content["curve"]))
     if examples:
         pictures.append(_grid(examples, list(content["norms"])))
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    text = page.get_template("report.html").render(
-        title=f"Robust accuracy of {settings['model_name']}",
-        subtitle=f"the first {settings['n_ex']} test points of {settings['dataset']}; "
-        f"{settings['attacks']} attacks, {settings['n_iter']} steps a run",
-        warnings=content["warnings"],
-        accuracy=content["accuracy"],
-        differences=content.get("difference_to_baseline"),
-        norms=content["norms"],
-        pictures=pictures,
-        command="python " + shlex.join(env["command"]),
-        made=f"{env['started']}, {content['seconds']:.0f} s on {env['device']}, torch {env['packages']['torch']}, commit {env['commit']}",
-    )
-    path.write_text(text)
+    command = "python " + shlex.join(content["environment"]["command"])
+    path.write_text(page.get_template("report.html").render(content, pictures=pictures, command=command))
 
 
 def _classes(outcomes: dict[str, list[int]], labels: Sequence[int], class_names: Sequence[str]) -> dict[str, str]:
     """Accuracy of each class in bars."""
-    from matplotlib.figure import Figure
-
-    y = np.array(labels)
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    y, places, width = np.array(labels), np.arange(len(class_names)), 0.8 / len(outcomes)
+    counts = [int((y == k).sum()) for k in places]
+    figure = _figure(11, 3.6)
     axes = figure.subplots()
-    width = 0.8 / len(outcomes)
     for i, (name, values) in enumerate(outcomes.items()):
-        heights = [
-            100 * np.mean(np.array(values)[y == k]) if (y == k).any() else np.nan for k in range(len(class_names))
-        ]
-        axes.bar(np.arange(len(class_names)) + i * width, heights, width, label=name, color=_colour(name))
-    counts = [int((y == k).sum()) for k in range(len(class_names))]
-    axes.set_xticks(
-        np.arange(len(class_names)) + 0.4 - width / 2,
-        [f"{c}\n{n} points" for c, n in zip(class_names, counts, strict=True)],
-    )
+        heights = [100 * np.mean(np.array(values)[y == k]) if counts[k] else np.nan for k in places]
+        axes.bar(places + i * width, heights, width, label=name, color=_colour(name))
+    names = [f"{name}\n{n} points" for name, n in zip(class_names, counts, strict=True)]
+    axes.set_xticks(places + 0.4 - width / 2, names)
     axes.set(ylabel="accuracy (%)", ylim=(0, 100))
     axes.legend(ncols=len(outcomes), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return _picture(figure, "Accuracy of each class", "Bars of classes with few points mean little.")
@@ -93,19 +101,16 @@ def _classes(outcomes: dict[str, list[int]], labels: Sequence[int], class_names:
 
 def _curve(curve: dict[str, list[list[float]]]) -> dict[str, str]:
     """Accuracy against radius."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axes, (norm, rows) in zip(
-        np.atleast_1d(figure.subplots(1, len(curve), sharey=True)), curve.items(), strict=True
-    ):
+    figure = _figure(11, 3.6)
+    each = np.atleast_1d(figure.subplots(1, len(curve), sharey=True))
+    for axes, (norm, rows) in zip(each, curve.items(), strict=True):
         radii, accuracy = zip(*rows, strict=True)
         axes.plot(radii, accuracy, marker="o", color=_colour(norm))
         axes.axvline(radii[len(radii) // 2], color="#999999", linestyle=":", label="the evaluation's radius")
         axes.set(title=norm, xlabel="radius (pixels in [0, 1])", ylim=(0, 100))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("robust accuracy (%)")
-    figure.axes[0].legend(frameon=False)
+    each[0].set_ylabel("robust accuracy (%)")
+    each[0].legend(frameon=False)
     text = (
         "At the dotted radius all attacks of the evaluation; elsewhere one APGD-CE, an upper bound. "
         "What breaks at a radius is broken above it."
@@ -115,24 +120,21 @@ def _curve(curve: dict[str, list[list[float]]]) -> dict[str, str]:
 
 def _grid(examples: Sequence[ShownExample], norms: Sequence[str]) -> dict[str, str]:
     """A row an example: clean, and for each norm the image that broke it and the difference, magnified."""
-    from matplotlib.figure import Figure
-
     columns = 1 + 2 * len(norms)
-    figure = Figure(figsize=(1.6 * columns, 1.95 * len(examples)), layout="constrained")
-    grid = figure.subplots(len(examples), columns, squeeze=False)
-    for row, example in zip(grid, examples, strict=True):
+    figure = _figure(1.6 * columns, 1.95 * len(examples))
+    for row, example in zip(figure.subplots(len(examples), columns, squeeze=False), examples, strict=True):
         for axes in row:
             axes.set_axis_off()
-        _show(row[0], example.clean.image, f"label {example.label}\n{_answer(example.clean)}")
-        for i, norm in enumerate(norms):
-            if norm not in example.adversarial:
-                row[2 * i + 1].text(0.5, 0.5, f"not broken\nin {norm}", ha="center", va="center", color="#666666")
+        clean = example["clean"][0]
+        _show(row[0], *example["clean"])
+        for left, right, norm in zip(row[1::2], row[2::2], norms, strict=True):
+            if norm not in example:
+                left.text(0.5, 0.5, f"not broken\nin {norm}", ha="center", va="center", color="#666666")
                 continue
-            found = example.adversarial[norm]
-            difference = found.image - example.clean.image
+            difference = example[norm][0] - clean
             largest = max(float(np.abs(difference).max()), 1e-12)
-            _show(row[2 * i + 1], found.image, f"{norm}\n{_answer(found)}")
-            _show(row[2 * i + 2], 0.5 + difference / largest / 2, f"difference\nx {0.5 / largest:.3g}")
+            _show(left, *example[norm])
+            _show(right, 0.5 + difference / largest / 2, f"difference\nx {0.5 / largest:.3g}")
     text = (
         "Left the clean image with its label; then for each norm the image that broke it, what the network says of it and how sure it is, "
         "and the difference around grey, magnified by the factor above it. "
@@ -145,15 +147,16 @@ def _colour(name: str) -> str | None:
     return NORMS[name].colour if name in NORMS else COLOURS.get(name)
 
 
-def _answer(shown: ShownImage) -> str:
-    return f"{shown.predicted}, {100 * shown.confidence:.0f} %"
-
-
 def _show(axes: Any, image: NDArray[Any], title: str) -> None:
-    axes.imshow(
-        image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-    )
+    grey_or_rgb = image.squeeze(-1) if image.shape[-1] == 1 else image
+    axes.imshow(grey_or_rgb, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=8)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # here, since importing it takes a second
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _picture(figure: Any, title: str, text: str) -> dict[str, str]:

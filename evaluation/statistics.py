@@ -10,34 +10,36 @@ from attacks.norms import NORMS
 from attacks.results import AttackLog, Evaluation
 from attacks.threat import Threat
 
+ROBUSTBENCH = (
+    "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps", "clean_acc",
+    "reported", "autoattack_acc", "footnote",
+)  # fmt: skip
+
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """eval.json's part that the attacks know (docs/evaluation.md says what each field is)."""
     outcomes = {name: values for name, values in evaluation.outcomes().items() if name != "average"}
-    curve = {"curve": {threat.norm: curve for threat, curve in evaluation.curve.items()}} if evaluation.curve else {}
-    return {
+    content = {
         "accuracy": evaluation.accuracies(),
         "warnings": evaluation.warnings,
         "norms": {threat.norm: _norm_json(threat, log) for threat, log in evaluation.logs.items()},
         "outcomes": {name: values.int().tolist() for name, values in outcomes.items()},
-        **curve,
     }
+    curve = {threat.norm: rows for threat, rows in evaluation.curve.items()}
+    return content | ({"curve": curve} if curve else {})
 
 
 def _norm_json(threat: Threat, log: AttackLog) -> dict[str, Any]:
-    spent = log.passes.sum(0).tolist()
+    columns = {
+        "name": map(str, log.runs),
+        "attacked": (log.passes > 0).sum(0).tolist(),
+        "broken": [int((log.broken_by == number).sum()) for number in range(len(log.runs))],
+        "forward_passes": log.passes.sum(0).tolist(),
+    }
     return {
         "eps": threat.eps,
-        "runs": [
-            {
-                "name": str(run),
-                "attacked": int((log.passes[:, r] > 0).sum()),
-                "broken": int((log.broken_by == r).sum()),
-                "forward_passes": spent[r],
-            }
-            for r, run in enumerate(log.runs)
-        ],
-        "broken_by_run": [None if r < 0 else r for r in log.broken_by.tolist()],
+        "runs": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        "broken_by_run": [None if number < 0 else number for number in log.broken_by.tolist()],
         "forward_passes": log.passes.sum(1).tolist(),
     }
 
@@ -48,45 +50,34 @@ def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str
     The interval is the normal one of the mean of the differences. Raises ValueError if the examples differ in number.
     """
     rows = {}
-    for name in ours:
-        if name not in theirs:
-            continue
-        if len(ours[name]) != len(theirs[name]):
+    for name in (name for name in ours if name in theirs):
+        n = len(ours[name])
+        if len(theirs[name]) != n:
             raise ValueError(
-                f"it has {len(theirs[name])} points, this evaluation {len(ours[name])}: a paired difference needs the same"
+                f"it has {len(theirs[name])} points, this evaluation {n}: a paired difference needs the same"
             )
         difference = np.array(ours[name], float) - np.array(theirs[name], float)
-        n = len(difference)
         half = 1.96 * float(np.std(difference, ddof=1)) / n**0.5 if n > 1 else 1.0
         mean = float(difference.mean())
-        rows[name] = {
-            key: round(100 * value, 2)
-            for key, value in (("difference", mean), ("low", mean - half), ("high", mean + half))
-        }
+        figures = {"difference": mean, "low": mean - half, "high": mean + half}
+        rows[name] = {key: round(100 * value, 2) for key, value in figures.items()}
     return rows
 
 
 def robustbench_fields(content: dict[str, Any], norm: str) -> dict[str, Any]:
     """The fields of RobustBench's model_info/DATASET/NORM/ID.json; null where a person must fill them in."""
-    settings, accuracy = content["settings"], content["accuracy"]
-    eps = content["norms"][norm]["eps"]
+    settings, accuracy, eps = content["settings"], content["accuracy"], content["norms"][norm]["eps"]
     levels = round(eps * 255, 6)
     in_levels = norm in NORMS and NORMS[norm].per_pixel and levels == round(levels)
     robust = f"{accuracy[norm]['accuracy']:.2f}"
     full = settings["attacks"] == "autoattack"
-    return {
-        "link": None,
+    other = "" if full else f"; {robust} under the {settings['attacks']} attacks, not AutoAttack"
+    return dict.fromkeys(ROBUSTBENCH) | {
         "name": settings["model_name"],
-        "authors": None,
-        "additional_data": None,
         "number_forward_passes": 1,
         "dataset": settings["dataset"],
-        "venue": None,
-        "architecture": None,
         "eps": f"{levels:.0f}/255" if in_levels else f"{eps:g}",
         "clean_acc": f"{accuracy['clean']['accuracy']:.2f}",
-        "reported": None,
         "autoattack_acc": robust if full else None,
-        "footnote": f"{settings['n_ex']} test points"
-        + ("" if full else f"; {robust} under the {settings['attacks']} attacks, not AutoAttack"),
+        "footnote": f"{settings['n_ex']} test points{other}",
     }

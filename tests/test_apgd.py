@@ -12,10 +12,8 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
 from attacks.apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, AttackResult, apgd, loss_and_grad
-from attacks.controllers import HalvingController
-from attacks.directions import kth_largest
 from attacks.losses import cross_entropy, dlr, margin_targeted
-from attacks.norms import NORMS, shrinking
+from attacks.norms import NORMS, HalvingController, kth_largest, shrinking
 from attacks.projections import project_l1
 from attacks.threat import Threat
 from data import DATASETS, load_dataset
@@ -277,7 +275,7 @@ def test_a_stage_of_l1_starts_at_the_projection_of_the_best_point_and_keeps_its_
     x, radius = x.double(), torch.full((len(x),), RADII["L1"], dtype=torch.float64)
     delta = RADII["L1"] * torch.randn(x.shape, generator=generator(5))
     first = apgd(model, x, y, Threat("L1", 2 * RADII["L1"]), 6, delta_init=delta, top_fraction=0.2)
-    run = APGD("L1", [(2 * RADII["L1"], 6), (RADII["L1"], 11)], 0.2, x.device)
+    run = APGD("L1", [(2 * RADII["L1"], 6), (RADII["L1"], 11)], 0.2, x)
     rows = run.begin(x, delta)
     for _ in range(8):
         judged = rows.delta
@@ -291,7 +289,7 @@ def test_a_stage_of_l1_starts_at_the_projection_of_the_best_point_and_keeps_its_
 def test_rows_out_of_step_go_the_same_way(norm: str) -> None:
     """APGDState that join late and leave early, as in evaluation, see the points that they would see alone."""
     model, (x, y) = convolutions(), points(classes=5)
-    run = APGD(norm, [(2 * RADII[norm], 4), (RADII[norm], 9)], 0.2, x.device)
+    run = APGD(norm, [(2 * RADII[norm], 4), (RADII[norm], 9)], 0.2, x)
     seen: list[list[Tensor]] = [[] for _ in range(ROWS)]
 
     def turn(rows: APGDState, who: Tensor) -> None:
@@ -392,7 +390,7 @@ def test_check_points(n_iter: int, expected: list[int]) -> None:
 @pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False), (22, False), (0, True)])
 def test_step_is_halved_at_no_more_than_three_quarters_rises(rises: int, halved: bool) -> None:
     """The first check-point of 100 steps comes after 22, 75 % of which are 16.5."""
-    run = APGD("Linf", [(0.1, 100)], 0.05, torch.device("cpu"))
+    run = APGD("Linf", [(0.1, 100)], 0.05, torch.zeros(1))
     rows = run.begin(torch.full((1, 4), 0.5))
     value = torch.zeros(1)
     run.receive(rows, value, torch.ones(1, 4))

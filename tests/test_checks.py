@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.checks import network_warnings, result_warnings
-from attacks.plan import AttackRun
-from attacks.results import AttackLog, Evaluation
+from attacks.results import AttackLog, AttackRun, Evaluation
 from attacks.threat import Threat
 
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from attacks.plan import AttackRun
-from attacks.results import AttackLog, Evaluation, FinishedRun, normal_interval, table, wilson_interval
+from attacks.results import AttackLog, AttackRun, Attempt, Evaluation, normal_interval, table, wilson_interval
 from attacks.seeds import generator
 from attacks.threat import Threat
 from utils import modules
@@ -55,10 +54,10 @@ def test_the_average_has_the_normal_interval(n: int) -> None:
 
 def test_the_print_is_a_table_with_warnings_below() -> None:
     log = AttackLog.empty([AttackRun("CE"), AttackRun("T", 1)], 4)
-    log.add([FinishedRun(0, 0, 7, True), FinishedRun(1, 0, 9, False), FinishedRun(1, 1, 3, True)])
+    log.add([Attempt(0, 0, 7, True), Attempt(0, 1, 9, False), Attempt(1, 1, 3, True)])
     assert log.passes.tolist() == [[7, 0], [9, 3], [0, 0], [0, 0]]
     assert log.broken_by.tolist() == [0, 1, -1, -1]
-    assert [log.next_run(example) for example in range(3)] == [1, 2, 0]
+    assert log.next_run.tolist() == [1, 2, 0, 0]
     evaluation = Evaluation(torch.tensor([True, True, True, False]), {Threat("L2", 0.5): log}, warnings=["too few"])
     expected = """\
                             accuracy   95 % interval   images

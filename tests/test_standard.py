@@ -21,13 +21,11 @@ from attacks.evaluator import (
     EvaluationContext,
     Examples,
     Network,
-    Progress,
     random_starts,
 )
 from attacks.losses import cross_entropy, dlr_targeted
 from attacks.norms import NORMS
-from attacks.plan import AttackPlan, AttackRun
-from attacks.results import Evaluation, FinishedRun
+from attacks.results import AttackPlan, AttackRun, Attempt, Evaluation
 from attacks.standard import make_runs, rank_classes, robust_accuracy
 from attacks.threat import Threat
 from data import DATASETS, load_dataset
@@ -343,18 +341,18 @@ class Listening(EvaluationCallback):
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
-        self.finished: list[tuple[Threat, FinishedRun]] = []
-        self.seen: list[Progress] = []
+        self.finished: list[tuple[Threat, Attempt]] = []
+        self.seen: list[tuple[Threat, int, int, str]] = []
 
     def broken(self, threat: Threat, examples: Sequence[int], x_adv: Tensor) -> None:
         self.told += [("broken", example) for example in examples]
 
-    def runs_finished(self, threat: Threat, finished: Sequence[FinishedRun]) -> None:
+    def runs_finished(self, threat: Threat, finished: Sequence[Attempt]) -> None:
         self.told += [("finished", run.example) for run in finished if run.broken]
         self.finished += [(threat, run) for run in finished]
 
-    def progress(self, progress: Progress) -> None:
-        self.seen.append(progress)
+    def progress(self, threat: Threat, done: int, total: int, status: str) -> None:
+        self.seen.append((threat, done, total, status))
 
 
 def test_a_callback_hears_of_all_and_what_it_heard_can_be_gone_on_from(
@@ -372,11 +370,12 @@ def test_a_callback_hears_of_all_and_what_it_heard_can_be_gone_on_from(
         if event == "finished":
             assert ("broken", example) in heard.told[: heard.told.index((event, example))]
     for threat in THREATS:
-        seen = [progress for progress in heard.seen if progress.threat == threat]
-        assert all(a.done <= b.done or b.total != a.total for a, b in itertools.pairwise(seen))
-        assert seen[-1].done == seen[-1].total
-        assert seen[-1].unbroken == int(whole.robust(threat).sum())
-        assert "APGD" in seen[0].run
+        seen = [told for of, *told in heard.seen if of == threat]
+        assert all(before[0] <= after[0] or before[1] != after[1] for before, after in itertools.pairwise(seen))
+        done, total, status = seen[-1]
+        assert done == total
+        assert status == f"{int(whole.robust(threat).sum())} examples not yet broken"
+        assert "APGD" in seen[0][2]
     for part in (0.3, 0.9):
         known = heard.finished[: int(part * len(heard.finished))]
         again = {threat: context.empty_log(threat) for threat in THREATS}

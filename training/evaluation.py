@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from attacks.evaluator import Examples
-from attacks.plan import AttackPlan
-from attacks.results import Evaluation, table
+from attacks.results import AttackPlan, Evaluation, table
 from config import evaluation_threats
 from data import FolderSplit, Split
 from evaluation.evaluate import EvaluationOptions, evaluate
