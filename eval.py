@@ -26,8 +26,8 @@ from typing import Any
 
 from torch import nn
 
-from attacks.evaluator import Examples, Network
 from attacks.results import AttackPlan, Evaluation, table
+from attacks.standard import Examples, Network
 from attacks.threat import Threat
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
 from data import Dataset, FolderSplit, Split, load_dataset

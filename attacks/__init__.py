@@ -19,12 +19,11 @@ A single run of `apgd` with its defaults, those of training, is weaker than the 
 
 from .apgd import AttackResult, apgd
 from .checks import network_warnings, result_warnings
-from .evaluator import EvaluationCallback
 from .losses import cross_entropy, dlr, dlr_targeted, margin_targeted
 from .msd import msd
 from .norms import NORMS, NormSpec, register_norm
 from .results import AttackLog, AttackPlan, AttackRun, Evaluation
-from .standard import robust_accuracy
+from .standard import EvaluationCallback, robust_accuracy
 from .threat import Threat, threats
 
 __all__ = [

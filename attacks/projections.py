@@ -36,9 +36,8 @@ def project_l2(delta: Tensor, x: Tensor, eps: Tensor, n_steps: int = 8) -> Tenso
     unit = size / scale
     unit2, room2, left, free = unit.square(), room.square(), torch.empty_like(unit), torch.empty_like(unit)
     radius2 = eps[:, None].square()
-    shrink2 = radius2 / unit2.sum(1, keepdim=True).clamp(
-        min=1
-    )  # (s * scale)^2; the answer where no entry touches the box
+    # (s * scale)^2, first the answer where no entry touches the box.
+    shrink2 = radius2 / unit2.sum(1, keepdim=True).clamp(min=1)
     for _ in range(n_steps - 1):
         torch.mul(unit2, shrink2, out=left)
         torch.lt(left, room2, out=free)  # 0 and 1 as floats: bool is slow on CPUs

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from attacks.evaluator import EvaluationContext, ThreatEvaluator
 from attacks.results import AttackLog, AttackRun, Evaluation
+from attacks.standard import EvaluationContext, ThreatEvaluator
 from attacks.threat import Threat
 
 BELOW, ABOVE = (0.25, 0.5, 0.75), (1.25, 1.5, 1.75, 2.0)  # of the evaluation's radius

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from attacks.apgd import Model
 from attacks.checks import result_warnings
-from attacks.evaluator import EvaluationContext, Examples, Network, OtherAttack
 from attacks.results import STANDARD, AttackPlan, Evaluation
-from attacks.standard import make_runs, rank_classes
+from attacks.standard import EvaluationContext, Examples, Network, OtherAttack, make_runs, rank_classes
 from attacks.threat import Threat
 from evaluation.curve import accuracy_curve, curve_logs, make_curve_runs
 from evaluation.storage import Store

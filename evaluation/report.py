@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attacks.evaluator import Examples, Network
 from attacks.norms import NORMS
 from attacks.results import Evaluation
+from attacks.standard import Examples, Network
 from evaluation.storage import image_path
 
 COLOURS = {"clean": "#555555", "union": "#000000"}

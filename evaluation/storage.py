@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attacks.evaluator import EvaluationCallback, Examples
 from attacks.results import AttackLog, Attempt
+from attacks.standard import EvaluationCallback, Examples
 from attacks.threat import Threat
 from utils.distributed import barrier
 

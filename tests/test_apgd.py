@@ -454,6 +454,19 @@ def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
     assert torch.equal(kth_largest(size, k.to(dtype)), expected)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_radius_has_the_precision_of_the_images(norm: str) -> None:
+    """In whatever order the types come. 0.1 in float32 is above 0.1."""
+    eps, (x, y) = 0.1, points()
+    for dtype, expected in ((torch.float32, torch.tensor(eps).item()), (torch.float64, eps)):
+        black, model = torch.zeros_like(x, dtype=dtype), Linear().to(dtype)
+        assert APGD(norm, [(eps, 3)], 0.05, black).eps.tolist() == [expected] * 4
+        reached = NORMS[norm].size(apgd(model, black, y, Threat(norm, eps), 3).x_best.double())
+        assert bool((reached <= expected * (1 + (1e-14 if dtype == torch.float64 else 1e-6))).all())
+        assert float(reached.max()) > 0.99 * eps
+    assert APGD(norm, [(eps, 3)], 0.05, x.half()).eps.dtype == torch.float32
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_from_the_same_start_it_finds_what_pyautoattack_finds(norm: str, trained: nn.Module) -> None:
     """Per point in Linf; in L2, where that one clips instead of projecting, at least as much in the mean."""

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import EVALUATION_TOP_FRACTION, apgd
-from attacks.evaluator import (
+from attacks.losses import cross_entropy, dlr_targeted
+from attacks.norms import NORMS
+from attacks.results import AttackPlan, AttackRun, Attempt, Evaluation
+from attacks.standard import (
     EvaluationCallback,
     EvaluationContext,
     Examples,
     Network,
+    make_runs,
     random_starts,
+    rank_classes,
+    robust_accuracy,
 )
-from attacks.losses import cross_entropy, dlr_targeted
-from attacks.norms import NORMS
-from attacks.results import AttackPlan, AttackRun, Attempt, Evaluation
-from attacks.standard import make_runs, rank_classes, robust_accuracy
 from attacks.threat import Threat
 from data import DATASETS, load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate

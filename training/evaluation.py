@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from attacks.evaluator import Examples
 from attacks.results import AttackPlan, Evaluation, table
+from attacks.standard import Examples
 from config import evaluation_threats
 from data import FolderSplit, Split
 from evaluation.evaluate import EvaluationOptions, evaluate
