@@ -50,7 +50,7 @@ def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str
     The interval is the normal one of the mean of the differences. Raises ValueError if the examples differ in number.
     """
     rows = {}
-    for name in (name for name in ours if name in theirs):
+    for name in [name for name in ours if name in theirs]:
         n = len(ours[name])
         if len(theirs[name]) != n:
             raise ValueError(
