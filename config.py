@@ -213,12 +213,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """The configuration with the published setting for each flag left out. Raises UsageError for flags that don't fit together."""
     check(config, TRAIN_RULES)
     config = filled(_with_network(config), PUBLISHED[mode_of(config)])
-    assert config.epochs is not None
-    assert config.lr_schedule is not None
-    if config.init_epochs > config.epochs:
+    if config.init_epochs > (config.epochs or 0):
         raise UsageError("--init_epochs", f"there are {config.epochs} epochs in all")
     with blame("--lr-schedule"):
-        lr_schedule(config.lr_schedule, 1.0)
+        lr_schedule(config.lr_schedule or "", 1.0)
     config = _with_attack(config)
     with blame("--multinorm" if config.loss == "ce" else "--loss"):
         scheme_of(config)
@@ -460,12 +458,17 @@ IN_RUN_NAME = {
 
 
 def differences(config: TrainConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not the default."""
-    plain = TrainConfig(**{name: getattr(config, name) for name in IN_RUN_NAME})  # to resume, few of them are asked for
-    defaults = asdict(resolved(plain))
-    options: dict[str, Any] = dict(asked.get("scheme_options", {}))
-    names = [name for name in asked if name != "scheme_options" and getattr(config, name) != defaults[name]]
-    return {name: getattr(config, name) for name in names} | options
+    """Of the flags asked for, those that are not the default: without them the configuration would be another one, or none."""
+    found = {name: value for name, value in asked.items() if name != "scheme_options" and _matters(config, name)}
+    return found | dict(asked.get("scheme_options", {}))
+
+
+def _matters(config: TrainConfig, name: str) -> bool:
+    default: Any = next(each.default for each in fields(TrainConfig) if each.name == name)
+    try:
+        return bool(getattr(resolved(replace(config, **{name: default})), name) != getattr(config, name))
+    except UsageError:
+        return True
 
 
 def run_name(config: TrainConfig, asked: Mapping[str, Any]) -> list[str]:
