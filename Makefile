@@ -29,8 +29,8 @@ lint: .venv/.dev
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=2 --dist=loadfile  # threads of two processes would wait for each other
 
-test-slow: .venv/.dev  # minutes: robust accuracy against pyautoattack's
-	$(PY) -m pytest -m slow
+test-slow: .venv/.dev  # minutes: robust accuracy against pyautoattack's, torchrun, more kills
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --numprocesses=2 --dist=loadfile
 
 .venv/.libraries: .venv/.dev benchmarks/requirements.txt
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .venv/libraries -r benchmarks/requirements.txt

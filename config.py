@@ -187,7 +187,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "fine-tuning": {"epochs": 3, "lr_schedule": "piecewise-ft", "weight_decay": 5e-4, "save_freq": 1},
     "fine-tuning on imagenet": {"epochs": 1, "lr_schedule": "piecewise-ft", "weight_decay": 1e-4, "save_freq": 1},
 }
-STEPS = {"imagenet": {"Linf": 5, "L2": 5, "L1": 15}}  # of the attack in fine-tuning; elsewhere 10
+STEPS = {"fine-tuning on imagenet": {"Linf": 5, "L2": 5, "L1": 15}}  # of the attack; elsewhere 10
 
 
 def mode_of(config: TrainConfig) -> str:
@@ -213,12 +213,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """The configuration with the published setting for each flag left out. Raises UsageError for flags that don't fit together."""
     check(config, TRAIN_RULES)
     config = filled(_with_network(config), PUBLISHED[mode_of(config)])
-    assert config.epochs is not None
-    assert config.lr_schedule is not None
-    if config.init_epochs > config.epochs:
+    if config.init_epochs > (config.epochs or 0):
         raise UsageError("--init_epochs", f"there are {config.epochs} epochs in all")
     with blame("--lr-schedule"):
-        lr_schedule(config.lr_schedule, 1.0)
+        lr_schedule(config.lr_schedule or "", 1.0)
     config = _with_attack(config)
     with blame("--multinorm" if config.loss == "ce" else "--loss"):
         scheme_of(config)
@@ -244,27 +242,37 @@ def _with_network(config: TrainConfig) -> TrainConfig:
 
 
 def _with_attack(config: TrainConfig) -> TrainConfig:
-    """Norms, radii, steps and the scheme's options."""
+    """Scheme, norms and radii."""
     scheme = SCHEMES[config.multinorm or "eat"]
     config = filled(config, {"multinorm": scheme.name if config.attack else None, "l_norms": scheme.norms})
     norms = config.l_norms or ()
     check_norms("--l_norms", norms)
     with blame("--l_eps"):
-        config = replace(config, l_eps=tuple(t.eps for t in threats_of(config.dataset, norms, config.l_eps)))
-    steps: dict[str, int] = (
-        {} if scheme.same_n_iter or mode_of(config) != "fine-tuning on imagenet" else STEPS["imagenet"]
-    )
-    config = filled(config, {"l_iters": tuple(config.at_iter or steps.get(norm, 10) for norm in norms)})
-    config = filled(config, {"at_iter": 10, "trades_beta": 6.0 if config.loss == "trades" else None})
+        eps = tuple(threat.eps for threat in threats_of(config.dataset, norms, config.l_eps))
+    config = _with_steps(replace(config, l_eps=eps), scheme)
+    config = filled(config, {"trades_beta": 6.0 if config.loss == "trades" else None})
+    return replace(config, scheme_options=_scheme_options(config, scheme))
+
+
+def _with_steps(config: TrainConfig, scheme: type[Scheme]) -> TrainConfig:
+    """Steps of the attack in each norm."""
+    norms = config.l_norms or ()
+    published = STEPS.get(mode_of(config), {}) if not scheme.same_n_iter else {}
+    config = filled(config, {"l_iters": tuple(config.at_iter or published.get(norm, 10) for norm in norms)})
     if len(config.l_iters or ()) != len(norms):
         got = f"{len(norms)}; got {len(config.l_iters or ())}"
         raise UsageError("--l_iters", f"one number of steps for each norm is needed, {got}")
-    for other in SCHEMES.values():
-        for option in other.options:
-            if other is not scheme and option not in scheme.options and option.name in config.scheme_options:
-                raise UsageError(f"--{option.name}", f"add --multinorm={other.name}, whose flag it is")
-    defaults = {o.name: o.fine_tuning if config.finetune_model else o.from_scratch for o in scheme.options}
-    return replace(config, scheme_options=defaults | dict(config.scheme_options))
+    return filled(config, {"at_iter": 10})
+
+
+def _scheme_options(config: TrainConfig, scheme: type[Scheme]) -> dict[str, float]:
+    """All of the scheme's options. Raises UsageError for one of another scheme."""
+    own = {o.name: o.fine_tuning if config.finetune_model else o.from_scratch for o in scheme.options}
+    for name in config.scheme_options:
+        if name not in own:
+            owner = next(other.name for other in SCHEMES.values() if name in [o.name for o in other.options])
+            raise UsageError(f"--{name}", f"add --multinorm={owner}, whose flag it is")
+    return own | dict(config.scheme_options)
 
 
 def _with_evaluation(config: TrainConfig) -> TrainConfig:
@@ -445,7 +453,8 @@ def same_command(asked: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 
 RESUMABLE = {each.name: each.metadata["resumable"] for each in fields(TrainConfig) if each.metadata.get("resumable")}
-IN_RUN_NAME = {
+# What a run's name says in words of its own, and which of these words are left out.
+NAMED = (
     "dataset",
     "finetune_model",
     "model_name",
@@ -456,42 +465,34 @@ IN_RUN_NAME = {
     "loss",
     "seed",
     "notes_run",
-}
+)
+UNSAID = (None, "", "preact-resnet18", "eat", "ce")
 
 
 def differences(config: TrainConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not the default."""
-    plain = TrainConfig(**{name: getattr(config, name) for name in IN_RUN_NAME})  # to resume, few of them are asked for
-    defaults = asdict(resolved(plain))
-    options: dict[str, Any] = dict(asked.get("scheme_options", {}))
-    names = [name for name in asked if name != "scheme_options" and getattr(config, name) != defaults[name]]
-    return {name: getattr(config, name) for name in names} | options
+    """Of the flags asked for, those that are not the default: without them the configuration would be another one, or none."""
+    found = {name: value for name, value in asked.items() if name != "scheme_options" and _matters(config, name)}
+    return found | dict(asked.get("scheme_options", {}))
+
+
+def _matters(config: TrainConfig, name: str) -> bool:
+    default: Any = next(each.default for each in fields(TrainConfig) if each.name == name)
+    try:
+        return bool(getattr(resolved(replace(config, **{name: default})), name) != getattr(config, name))
+    except UsageError:
+        return True
 
 
 def run_name(config: TrainConfig, asked: Mapping[str, Any]) -> list[str]:
-    """The parts of a run folder's name: what is not the default, the seed and --notes_run."""
-    start = (
-        f"from-{Path(config.model_name or '').name.removesuffix('.pth')}" if config.finetune_model else "from-scratch"
-    )
-    arch = "" if config.finetune_model or config.arch == "preact-resnet18" else Path(config.arch or "").name
-    scheme = config.multinorm if config.attack and config.multinorm != "eat" else ""
-    norms = "-".join(config.l_norms or ()) if config.attack else "no-attack"
-    loss = config.loss if config.loss != "ce" else ""
-    others = {k: v for k, v in differences(config, asked).items() if k not in IN_RUN_NAME and k not in RESUMABLE}
+    """The parts of a run folder's name: data set, start, attack, what else is not the default, seed, --notes_run."""
+    start = ["from-scratch", Path(config.arch or "").name]
+    if config.finetune_model:
+        start = [f"from-{Path(config.model_name or '').name.removesuffix('.pth')}"]
+    attack = [config.attack, config.multinorm, "-".join(config.l_norms or ())] if config.attack else ["no-attack"]
+    words = [word for word in (config.dataset, *start, *attack, config.loss) if word not in UNSAID]
+    others = {name: value for name, value in differences(config, asked).items() if name not in (*NAMED, *RESUMABLE)}
     more = [f"{name}-{_short(value)}" for name, value in others.items()]
-    parts = [
-        config.dataset,
-        start,
-        arch,
-        config.attack,
-        scheme,
-        norms,
-        loss,
-        *more,
-        f"seed{config.seed}",
-        config.notes_run,
-    ]
-    return [part for part in parts if part]
+    return [*map(str, words), *more, f"seed{config.seed}", *([config.notes_run] if config.notes_run else [])]
 
 
 def _short(value: Any) -> str:

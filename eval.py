@@ -16,7 +16,6 @@ import utils.installed  # noqa: F401
 
 # isort: split
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -36,11 +35,11 @@ from evaluation.report import worst_examples, write_report
 from evaluation.statistics import evaluation_json, paired, robustbench_fields
 from models.pretrained import Loaded, check_fits, load_model
 from models.robustbench_zoo import published_preparation
-from utils.checkpoint import fingerprint
+from utils.checkpoint import fingerprint, tensors_fingerprint
 from utils.cli import UsageError, blame, usage_errors
 from utils.distributed import Process, choose_device, local_device, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.run_folder import difference_table, environment, new_folder, newest_folder, read_json, write_json
+from utils.run_folder import difference_table, environment, folder_for, read_json, write_json
 
 # An evaluation is resumed only if none of these changed. Not the device, the batch size or the number of processes.
 IDENTITY = (
@@ -136,7 +135,9 @@ def identity(
     """What has to be the same for an evaluation to be resumed: settings, network, images of files, runs of the attacks."""
     found = {name: getattr(config, name) for name in IDENTITY} | {"network": fingerprint(model)}
     if isinstance(data.test, FolderSplit):
-        found["points"] = images_fingerprint(test)  # the data set's name does not tell which they are
+        found["points"] = tensors_fingerprint(
+            test.images, test.labels
+        )  # the data set's name does not tell which they are
     plan = attack_plan(config)
     runs = [f"{threat}: {run}" for threat in threats for run in plan.runs(threat.norm, data.num_classes)]
     return json.loads(json.dumps(found)) | {"runs": runs}
@@ -161,27 +162,6 @@ def finish(
         print(f"WARNING: {warning}")
     passes = sum(sum(about["forward_passes"]) for about in content["norms"].values())
     print(f"{seconds:.0f} s; the attacks judged {passes} images")
-
-
-def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: bool) -> Path:
-    """A new folder, or to resume the newest one of this name. Raises ValueError if that was made with other settings."""
-    newest = newest_folder(save_dir, parts) if resume else None
-    if newest is None or not (newest / "asked.json").exists():
-        folder = new_folder(save_dir, parts)
-        write_json(folder / "asked.json", asked)
-        return folder
-    before = read_json(newest / "asked.json")
-    different = [name for name in asked if before.get(name) != asked[name]]
-    if different:
-        raise ValueError(f"{newest} was made with another {', '.join(different)}: give the same, or leave --resume out")
-    return newest
-
-
-def images_fingerprint(test: Split) -> str:
-    """SHA-256 of the images and labels."""
-    digest = hashlib.sha256(test.images.numpy().data)
-    digest.update(test.labels.numpy().data)
-    return digest.hexdigest()
 
 
 def check_baseline(baseline: dict[str, Any], config: EvalConfig) -> None:

@@ -29,11 +29,9 @@ from torch import Tensor
 from attacks.apgd import Model
 from attacks.multinorm import SCHEMES, Scheme
 from config import (
-    LATEST,
     TrainConfig,
     check_processes,
     completed,
-    config_from_json,
     config_json,
     differences,
     evaluation_threats,
@@ -41,30 +39,17 @@ from config import (
     loaded_facts,
     make_parser,
     resolved,
-    resumed,
-    run_name,
-    same_command,
 )
 from training.evaluation import final_evaluation, quick_evaluation
-from training.loading import check_model, load
 from training.metrics import HEADER, console_line, per_threat_sums
 from training.optim import set_lr
+from training.start import check_model, configured, load, new_run, resumed_run, run_to_resume
 from training.trainer import MicroBatches, Trainer
 from utils.checkpoint import NonFiniteError, check_finite, load_tensors, save_atomic, state_files
 from utils.cli import blame, usage_errors
 from utils.distributed import barrier, choose_device, local_device, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.resume import (
-    ResumePoint,
-    check_same,
-    cut_metrics,
-    lock_run,
-    newest_run,
-    note_resumed,
-    read_config,
-    resume_point,
-)
-from utils.run_folder import append_json_line, environment, flat, new_folder, write_json
+from utils.run_folder import append_json_line, environment, flat
 from utils.signals import Interrupted, Signals
 
 
@@ -233,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         with blame("--resume" if before else "--save_dir"):
             epochs = state["epoch"] if state else 0
             folder = run_on_rank0(
-                lambda: reopened(before.folder, content, epochs, env) if before else opened(config, content, env, stack)
+                lambda: (
+                    resumed_run(before.folder, content, epochs, env) if before else new_run(config, content, env, stack)
+                )
             )
         trainer.store_in(folder)
         if state:
@@ -241,49 +228,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if process.is_first:
             announce(trainer, differences(config, asked))
         train_or_say_how_to_resume(trainer)
-    return folder
-
-
-def configured(asked: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a command asks for; with --resume=RUN that of the run, with what may change."""
-    if not asked.get("resume"):
-        return TrainConfig(**asked)
-    with blame("--resume"):
-        folder = Path(asked["resume"])
-        saved = config_from_json(read_config(folder), folder)
-        return resumed(saved, asked, folder)
-
-
-def run_to_resume(config: TrainConfig, asked: Mapping[str, Any], stack: ExitStack) -> ResumePoint | None:
-    """The run that --resume means, locked; None if there is none. Raises ValueError or OSError."""
-    if config.resume is None:
-        return None
-    folder: Path | None = Path(config.resume)
-    if config.resume == LATEST:
-        folder = newest_run(config.save_dir, lambda content: same_command(asked, content["asked"]))
-    if folder is None:
-        print(f"--resume: there is no run of this command in {config.save_dir} yet, this is a new one")
-        return None
-    return resume_point(folder, stack)
-
-
-def opened(config: TrainConfig, content: dict[str, Any], env: dict[str, Any], stack: ExitStack) -> Path:
-    """A new folder with config.json and env.json. Raises OSError."""
-    folder = new_folder(config.save_dir, run_name(config, content["asked"]))
-    stack.enter_context(lock_run(folder, seconds=0))
-    write_json(folder / "env.json", env)
-    write_json(folder / "config.json", content)
-    return folder
-
-
-def reopened(folder: Path, content: dict[str, Any], epochs: int, env: dict[str, Any]) -> Path:
-    """The folder of the run to resume, with the metrics of its first so many epochs. Raises ValueError if it loaded something else."""
-    check_same(
-        folder, {name: content[name] for name in ("network", "extra_content", "extra_fraction") if name in content}
-    )
-    cut_metrics(folder / "metrics.jsonl", epochs)
-    if other := note_resumed(folder, env):
-        print(f"the run was started with another {', '.join(other)}: weights may differ from an undisturbed run's")
     return folder
 
 

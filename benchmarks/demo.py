@@ -66,13 +66,15 @@ def script(name: str, *flags: str) -> None:
     """Run one of the scripts; the line that it prints first can be pasted into a shell in this folder."""
     python = os.path.relpath(sys.executable)
     print(f"\n{python} {name} {shlex.join(flags)}", flush=True)
-    subprocess.run([sys.executable, name, *flags], check=True)
+    # In a session of its own it does not see Ctrl-C, which then ends everything with one line.
+    subprocess.run([sys.executable, name, *flags], check=True, start_new_session=True)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nmake demo: interrupted")
+        print("\nmake demo: interrupted", file=sys.stderr)
+        sys.exit(130)
     except subprocess.CalledProcessError as error:
         sys.exit(f"make demo: {error.cmd[1]} ended with exit code {error.returncode}")

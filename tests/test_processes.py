@@ -30,13 +30,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def together(launch: Launch, number: int, *flags: str) -> Path:
-    """The folder of a run of so many processes, started as torchrun does."""
+def started(launch: Launch, number: int, *flags: str) -> list[ForkServerProcess]:
+    """So many processes of a run, started as torchrun does."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     address = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [
+    return [
         launch(
             *(*FLAGS, *flags, "--save_dir=together"),
             out=f"out{rank}",
@@ -44,7 +44,11 @@ def together(launch: Launch, number: int, *flags: str) -> Path:
         )
         for rank in range(number)
     ]
-    for rank, process in enumerate(processes):
+
+
+def together(launch: Launch, number: int, *flags: str) -> Path:
+    """The folder of a run of so many processes."""
+    for rank, process in enumerate(started(launch, number, *flags)):
         process.join()
         assert process.exitcode == 0, Path(f"out{rank}.err").read_text()
     return max(Path("together").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -153,6 +157,22 @@ def wait_for(pattern: str) -> Path:
 LONG = ["--width=8", "--n_ex_train=200", "--batch_size=32", "--epochs=4", "--save_freq=1", "--save_every=0.00001"]
 
 
+def test_a_process_that_is_asked_to_stop_stops_all_and_the_run_is_resumed(launch: Launch) -> None:
+    """SIGTERM to one of two; whoever resumes was not asked to stop."""
+    whole = together(launch, 2, *LONG)
+    processes = started(launch, 2, *LONG, "--notes_run=cut")
+    wait_for("together/*cut/state_0001_*")
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [143, 143]
+    assert "SIGTERM: the state after batch" in Path("out0").read_text()
+    folder = together(launch, 2, *LONG, "--notes_run=cut", "--resume")
+    assert folder.name.endswith("cut")
+    assert furthest(folder / "ep_4.pth", whole / "ep_4.pth") == 0
+
+
+@pytest.mark.slow
 def test_torchrun_that_loses_a_process_ends_and_can_be_resumed(launch: Launch) -> None:
     """Once by kill -9 of one process, once by SIGTERM to all."""
     whole = together(launch, 2, *LONG)

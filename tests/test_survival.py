@@ -84,10 +84,11 @@ def outcome(folder: Path) -> list[Any]:
     return [records, found]
 
 
-def test_killed_at_twenty_moments_it_ends_with_the_same_weights(whole: Path, launch: Launch) -> None:
-    """At ten random ones, and at ten at which a file is being written. On a slow machine that takes more than one run."""
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_ends_with_the_same_weights(kills: int, whole: Path, launch: Launch) -> None:
+    """Half of them random, the others while a file is being written. On a slow machine that takes more than one run."""
     draws, killed, torn, runs = random.Random(0), 0, 0, 1
-    while killed < 20:
+    while killed < kills:
         place = f"cut{runs}"
         process = launch(*FLAGS, f"--save_dir={place}", "--resume")
         if killed % 2:
@@ -104,7 +105,7 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_weights(whole: Path, lau
         torn += bool(list(Path(place).glob("*/state_*.part")))
         if process.exitcode == 0:
             runs += 1
-    assert torn >= 3
+    assert torn >= kills // 6
     assert finish(launch, f"--save_dir={place}", "--resume") == 0
     for number in range(1, runs + 1):
         folder = the_run(Path(f"cut{number}"))

@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from attacks.results import AttackPlan, Evaluation, table
-from attacks.standard import Examples
+from attacks.standard import Examples, Network
 from config import evaluation_threats
 from data import FolderSplit, Split
 from evaluation.evaluate import EvaluationOptions, evaluate
+from evaluation.report import worst_examples, write_report
 from evaluation.statistics import evaluation_json
 from training.trainer import Trainer
 from utils.distributed import barrier, run_on_rank0
@@ -43,14 +44,26 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
     start, config = time.time(), trainer.config
     folder = trainer.folder / suffix.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
-    test, plan = trainer.dataset.test.take(config.n_ex_final or 0), AttackPlan(seed=config.seed)
+    test, plan = trainer.dataset.test.take(config.n_ex_final or 0).in_memory(), AttackPlan(seed=config.seed)
     result = evaluated(trainer, model, test, plan, folder)
     if trainer.process.is_first:
-        about = {"seconds": round(time.time() - start, 1), "settings": asdict(config)}
+        network = f"{trainer.folder}/ep_{config.epochs}{suffix}.pth"
+        settings = asdict(config) | {
+            "model_name": network,
+            "n_ex": len(test),
+            "attacks": "standard",
+            "n_iter": plan.n_iter,
+        }
+        about = {"seconds": round(time.time() - start, 1), "settings": settings}
         content = evaluation_json(result) | about | {"environment": environment(trainer.process.device)}
         write_json(trainer.folder / f"eval{suffix}.json", content)
         title = f"averaged, {config.ema}" if suffix else ""
         print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
+        names, labels = trainer.dataset.class_names, test.labels
+        examples = Examples(test.images, labels, test.levels)
+        with eval_mode(model):
+            shown = worst_examples(Network(model, trainer.process.device), examples, result, folder, names)
+        write_report(trainer.folder / f"report{suffix}.html", content, labels.tolist(), names, shown)
 
 
 def evaluated(

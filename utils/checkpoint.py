@@ -108,6 +108,14 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tensors_fingerprint(*tensors: Tensor) -> str:
+    """SHA-256 of the values of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _is_state_dict(content: Any) -> bool:
     return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
 

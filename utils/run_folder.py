@@ -48,6 +48,20 @@ def newest_folder(parent: str, parts: list[str]) -> Path | None:
     raise AssertionError
 
 
+def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: bool) -> Path:
+    """A new folder, or to resume the newest one of this name. Raises ValueError if that was made with other settings."""
+    newest = newest_folder(save_dir, parts) if resume else None
+    if newest is None or not (newest / "asked.json").exists():
+        folder = new_folder(save_dir, parts)
+        write_json(folder / "asked.json", asked)
+        return folder
+    before = read_json(newest / "asked.json")
+    different = [name for name in asked if before.get(name) != asked[name]]
+    if different:
+        raise ValueError(f"{newest} was made with another {', '.join(different)}: give the same, or leave --resume out")
+    return newest
+
+
 def folder_name(parts: list[str]) -> str:
     """The non-empty parts in portable letters."""
     return "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts if part)[:180]

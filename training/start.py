@@ -1,0 +1,110 @@
+"""How a run starts: its configuration, the run to resume, its folder, its data set and network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import LATEST, TrainConfig, config_from_json, resumed, run_name, same_command
+from data import Dataset, load_dataset, load_extra
+from models import Spec, build_model, new_spec
+from models.pretrained import check_fits, check_one_point, load_model, rebuild
+from models.robustbench_zoo import published_preparation
+from utils.cli import blame
+from utils.modules import eval_mode
+from utils.resume import (
+    ResumePoint,
+    check_same,
+    cut_metrics,
+    lock_run,
+    newest_run,
+    note_resumed,
+    read_config,
+    resume_point,
+)
+from utils.run_folder import new_folder, write_json
+
+
+def configured(asked: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that a command asks for; with --resume=RUN that of the run, with what may change."""
+    if not asked.get("resume"):
+        return TrainConfig(**asked)
+    with blame("--resume"):
+        folder = Path(asked["resume"])
+        saved = config_from_json(read_config(folder), folder)
+        return resumed(saved, asked, folder)
+
+
+def run_to_resume(config: TrainConfig, asked: Mapping[str, Any], stack: ExitStack) -> ResumePoint | None:
+    """The run that --resume means, locked; None if there is none. Raises ValueError or OSError."""
+    if config.resume is None:
+        return None
+    folder: Path | None = Path(config.resume)
+    if config.resume == LATEST:
+        folder = newest_run(config.save_dir, lambda content: same_command(asked, content["asked"]))
+    if folder is None:
+        print(f"--resume: there is no run of this command in {config.save_dir} yet, this is a new one")
+        return None
+    return resume_point(folder, stack)
+
+
+def new_run(config: TrainConfig, content: dict[str, Any], env: dict[str, Any], stack: ExitStack) -> Path:
+    """A new folder with config.json and env.json. Raises OSError."""
+    folder = new_folder(config.save_dir, run_name(config, content["asked"]))
+    stack.enter_context(lock_run(folder, seconds=0))
+    write_json(folder / "env.json", env)
+    write_json(folder / "config.json", content)
+    return folder
+
+
+def resumed_run(folder: Path, content: dict[str, Any], epochs: int, env: dict[str, Any]) -> Path:
+    """The folder of the run to resume, with the metrics of its first so many epochs. Raises ValueError if it loaded something else."""
+    check_same(
+        folder, {name: content[name] for name in ("network", "extra_content", "extra_fraction") if name in content}
+    )
+    cut_metrics(folder / "metrics.jsonl", epochs)
+    if other := note_resumed(folder, env):
+        print(f"the run was started with another {', '.join(other)}: weights may differ from an undisturbed run's")
+    return folder
+
+
+def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn.Module, Spec]:
+    """The data set and the network that the flags name; a training state brings its own network. Raises UsageError."""
+    torch.manual_seed(config.seed)
+    model, spec = None, Spec()
+    about: dict[str, Any] = state or {}
+    if state:
+        spec = dict(state["spec"])
+        with blame("--resume"):
+            model = rebuild(spec, config.model_name or config.arch)
+    elif config.finetune_model:
+        with blame("--model_name"):
+            loaded = load_model(config.model_name or "", config.model_dir, config.dataset, config.act, config.arch)
+        model, spec, about = loaded.model, loaded.spec, loaded.about
+    size = config.image_size or about.get("image_size")
+    with blame("--data_dir"):
+        dataset = load_dataset(config.dataset, config.data_dir, size or 224, published_preparation(spec, size))
+    if config.extra_data:
+        with blame("--extra_data"):
+            dataset = replace(dataset, extra=load_extra(config.extra_data, dataset))
+    if model is None:
+        arch, sizes = config.arch or "", {"num_classes": dataset.num_classes, "in_channels": dataset.shape[0]}
+        spec = new_spec(arch, **sizes, act=config.act, width=config.width)
+        with blame("--arch"):
+            model = build_model(arch, **sizes, act=config.act, width=config.width)
+    return dataset, model, spec
+
+
+def check_model(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None:
+    """Raises UsageError unless the network takes the images and can be trained on the smallest batch."""
+    with blame("--model_name" if config.finetune_model else "--arch"), eval_mode(model):
+        check_fits(model, dataset.shape, dataset.num_classes)
+    if 1 in (config.batch_size, config.n_ex_train):
+        with blame("--batch_size" if config.batch_size == 1 else "--n_ex_train"):
+            check_one_point(model, dataset.shape)
