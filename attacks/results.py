@@ -72,7 +72,7 @@ STANDARD = AttackPlan()
 
 @dataclass(order=True)
 class Attempt:
-    """One run on one example; over when it broke the example or made all its steps."""
+    """One run on one example: waiting, being made, or over."""
 
     run: int  # its number in AttackLog.runs
     example: int

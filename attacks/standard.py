@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -178,10 +179,7 @@ class ThreatEvaluator:
 
     def _make(self, search: APGD, last: int, chosen: Tensor) -> None:
         """The runs before number `last`, which all are of this search, on the examples chosen, side by side."""
-        next_run = self.log.next_run
-        left = (chosen & ~self.log.broken & (next_run < last)).nonzero()[:, 0]
-        pairs = zip(next_run[left].tolist(), left.tolist(), strict=True)
-        waiting = deque(sorted(Attempt(run, example) for run, example in pairs))  # the earlier runs first
+        waiting = self._left(last, chosen)
         total, done = last * len(waiting), sum(each.run for each in waiting)
         rows: list[Attempt] = []
         state = search.begin(self.examples.x(torch.arange(0)).to(self.network.device))  # of the rows
@@ -189,21 +187,23 @@ class ThreatEvaluator:
             new = [waiting.popleft() for _ in range(min(len(waiting), self.network.batch_size - len(rows)))]
             if new:
                 rows, state = rows + new, state.join(self._begin(search, new))
-            self._judge(search, state, rows)
-            going = [not row.broken and row.passes < search.ticks for row in rows]
-            if not all(going):
-                finished = [row for row, goes in zip(rows, going, strict=True) if not goes]
-                self._note(finished)
+            going = self._judge(search, state, rows)
+            finished, rows = list(compress(rows, ~going)), list(compress(rows, going))
+            if finished:
                 done += sum(last - each.run if each.broken else 1 for each in finished)
-                more = [each for each in finished if not each.broken and each.run + 1 < last]
-                waiting.extend(Attempt(each.run + 1, each.example) for each in more)
-                rows = [row for row, goes in zip(rows, going, strict=True) if goes]
-                state = state.pick(torch.tensor(going, device=state.x.device))
+                waiting.extend(self._finish(finished, last))
+                state = state.pick(going.to(self.network.device))
             if rows:
                 search.move(state)
             running = [f"{self.log.runs[row.run]} ({row.run + 1} of {self.apgd_runs})" for row in sorted(rows)[:1]]
             unbroken = f"{int((chosen & ~self.log.broken).sum())} examples not yet broken"
             self.context.callback.progress(self.threat, done, total, ", ".join([*running, unbroken]))
+
+    def _left(self, last: int, chosen: Tensor) -> deque[Attempt]:
+        """The first of the runs before number `last` that each of the examples chosen still needs, the earlier runs first."""
+        next_run = self.log.next_run
+        index = (chosen & ~self.log.broken & (next_run < last)).nonzero()[:, 0]
+        return deque(sorted(map(Attempt, next_run[index].tolist(), index.tolist())))
 
     def _begin(self, search: APGD, new: Sequence[Attempt]) -> APGDState:
         """New rows at their random starts."""
@@ -212,24 +212,29 @@ class ThreatEvaluator:
         start = random_starts(x, examples, self.threat, runs, self.context.plan.seed)
         return search.begin(x.to(self.network.device), start.to(self.network.device))
 
-    def _judge(self, search: APGD, state: APGDState, rows: Sequence[Attempt]) -> None:
-        """Put each row's iterate to the network and tell the search; note on the rows which examples an allowed image broke."""
+    def _judge(self, search: APGD, state: APGDState, rows: Sequence[Attempt]) -> Tensor:
+        """Judge each row's iterate; tell the search, and note on the rows what an allowed image broke: (B,) bool, who goes on."""
         device, index = self.network.device, torch.tensor([row.example for row in rows])
-        runs = [self.log.runs[row.run] for row in rows]
-        # APGD-T's target is a number of the ranking, from 1.
-        number = torch.tensor([run.number if run.kind == "T" else 0 for run in runs])
-        target = torch.where(number > 0, self.context.ranking[index, number].long(), UNTARGETED).to(device)
-        x_adv, y = state.x + state.delta, self.examples.y[index].to(device)
+        x_adv, y, target = state.x + state.delta, self.examples.y[index].to(device), self._targets(rows, index)
         # The gradient is not needed at a run's last iterate; rows that started together end together.
         with_grad = min(row.passes for row in rows) + 1 < search.ticks
         model = self.network.attack_model or self.network.model
-        value, grad, misclassified = loss_and_grad(model, x_adv, y, partial(_mixed_loss, target=target), with_grad)
+        value, grad, misclassified = loss_and_grad(
+            model, x_adv, y, partial(_mixed_loss, target=target.to(device)), with_grad
+        )
         search.receive(state, value, grad)
         wrong = misclassified.cpu() & torch.tensor([row.passes >= search.counts_from for row in rows])
         if self.network.attack_model and bool(wrong.any()):
             wrong[wrong.clone()] = self.network.predictions(x_adv[wrong.to(device)]) != self.examples.y[index[wrong]]
         for row, broken in zip(rows, self._allowed(index, x_adv, wrong).tolist(), strict=True):
             row.passes, row.broken = row.passes + 1, broken
+        return torch.tensor([not row.broken and row.passes < search.ticks for row in rows])
+
+    def _targets(self, rows: Sequence[Attempt], index: Tensor) -> Tensor:
+        """The class (B,) that each row's run of APGD-T aims at, which is a place in the ranking, from 1; else UNTARGETED."""
+        runs = [self.log.runs[row.run] for row in rows]
+        place = torch.tensor([run.number if run.kind == "T" else 0 for run in runs])
+        return torch.where(place > 0, self.context.ranking[index, place].long(), UNTARGETED)
 
     def _allowed(self, index: Tensor, x_adv: Tensor, wrong: Tensor) -> Tensor:
         """Of the misclassified (B,) images x_adv (B, ...) those in ball and box, which the callback gets; the others are warned of."""
@@ -258,11 +263,14 @@ class ThreatEvaluator:
         x_adv = attack(counted, x.to(self.network.device), y.to(self.network.device), self.threat)
         wrong = (self.network.predictions(x_adv) != y) & (x_adv.cpu() != x).flatten(1).any(1)
         pairs = zip(index.tolist(), self._allowed(index, x_adv, wrong).tolist(), strict=True)
-        self._note([Attempt(number, example, max(passes // len(index), 1), broken) for example, broken in pairs])
+        self._finish([Attempt(number, i, max(passes // len(index), 1), broken) for i, broken in pairs], number + 1)
 
-    def _note(self, finished: Sequence[Attempt]) -> None:
+    def _finish(self, finished: Sequence[Attempt], last: int) -> list[Attempt]:
+        """Note runs that are over; their examples' next ones, of those before number `last`."""
         self.log.add(finished)
         self.context.callback.runs_finished(self.threat, finished)
+        going_on = [each for each in finished if not each.broken and each.run + 1 < last]
+        return [Attempt(each.run + 1, each.example) for each in going_on]
 
 
 def random_starts(x: Tensor, examples: Sequence[int], threat: Threat, runs: Sequence[AttackRun], seed: int) -> Tensor:

@@ -29,28 +29,31 @@ def worst_examples(
     network: Network, examples: Examples, result: Evaluation, folder: Path, class_names: Sequence[str]
 ) -> list[ShownExample]:
     """Up to 8 for the page: of each pattern of broken norms in turn the one with the surest wrong answer, from at most 250."""
-    if not any(bool(log.broken.any()) for log in result.logs.values()):
+    broken = {threat: log.broken for threat, log in result.logs.items()}
+    if not any(bool(gone.any()) for gone in broken.values()):
         return []
-    broken = torch.stack([log.broken for log in result.logs.values()])
-    looked_at = broken.any(0).nonzero()[:LOOKED_AT, 0]
+    looked_at = torch.stack([*broken.values()]).any(0).nonzero()[:LOOKED_AT, 0]
     x = {"clean": examples.x(looked_at)}
-    for threat in result.logs:
+    for threat in broken:
         x[threat.norm] = torch.from_numpy(np.load(image_path(folder, threat), mmap_mode="r")[looked_at.numpy()])
-    with torch.no_grad():
-        logits = {name: network.model(images.to(network.device)).float() for name, images in x.items()}
-    answers = {name: each.softmax(1).max(1) for name, each in logits.items()}
-    norms, wrong = [threat.norm for threat in result.logs], broken[:, looked_at]
-    shown = []
-    for row in _in_turn(torch.stack([answers[norm].values.cpu() for norm in norms]), wrong):
-        label = class_names[int(examples.y[looked_at[row]])]
-        headings = {"clean": f"label {label}"} | {norms[i]: norms[i] for i in wrong[:, row].nonzero()[:, 0].tolist()}
-        example: ShownExample = {}
-        for name, heading in headings.items():
-            confidence, predicted = (float(part[row]) for part in answers[name])
-            says = f"{heading}\n{class_names[int(predicted)]}, {100 * confidence:.0f} %"
-            example[name] = x[name][row].permute(1, 2, 0).numpy(), says
-        shown.append(example)
+    answers = {name: _answers(network, images, class_names) for name, images in x.items()}
+    wrong = {threat.norm: gone[looked_at] for threat, gone in broken.items()}
+    rows = _in_turn(torch.stack([answers[norm][0] for norm in wrong]), torch.stack([*wrong.values()]))
+    shown: list[ShownExample] = []
+    for row in rows:
+        headings = {norm: norm for norm in wrong if wrong[norm][row]}
+        headings["clean"] = f"label {class_names[int(examples.y[looked_at[row]])]}"
+        says = {name: f"{heading}\n{answers[name][1][row]}" for name, heading in headings.items()}
+        shown.append({name: (x[name][row].permute(1, 2, 0).numpy(), words) for name, words in says.items()})
     return shown
+
+
+def _answers(network: Network, x: Tensor, class_names: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """How sure the network is of its answers to x (B, C, H, W), (B,), and the answers in words."""
+    with torch.no_grad():
+        confidence, predicted = network.model(x.to(network.device)).float().softmax(1).max(1)
+    pairs = zip(predicted.tolist(), confidence.tolist(), strict=True)
+    return confidence.cpu(), [f"{class_names[k]}, {100 * probability:.0f} %" for k, probability in pairs]
 
 
 def _in_turn(confidence: Tensor, wrong: Tensor) -> list[int]:
