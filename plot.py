@@ -18,13 +18,13 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -33,8 +33,16 @@ from utils.cli import Parser, add_flag, blame, usage_errors, words
 from utils.run_folder import read_json
 
 STYLE: dict[str, Any] = {
-    **{"font.size": 8, "axes.titlesize": 9, "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False},
-    **{"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200},
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
     "pdf.fonttype": 42,  # TrueType: text stays text
     "text.parse_math": False,  # a dollar in a label is a dollar
 }
@@ -160,33 +168,36 @@ def series(run: Run, *path: str) -> dict[int, Any]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Each once, as in ROWS, others behind."""
-    return sorted(dict.fromkeys(names), key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS))
+    """Each once, as in PANELS and ROWS, others behind."""
+    order = [*PANELS, *ROWS]
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else len(order))
+
+
+def curves(runs: Sequence[Run]) -> Iterator[Curve]:
+    """Every line of the first picture that has points: those of PANELS, then one of each of KINDS for each row."""
+    for number, run in enumerate(runs):
+        yield from training_curves(number, run)
+        for kind, (name, split, _) in KINDS.items():
+            for row in in_order(chain(*series(run, name, split).values())):
+                points, *band = (series(run, name, split, row, key) for key in ("accuracy", "low", "high"))
+                if points:
+                    yield Curve(number, row, row, points, kind, band)
 
 
 def training_curves(number: int, run: Run) -> Iterator[Curve]:
-    """The lines of PANELS. What all batches have is not drawn twice: a run of one norm has no line for them but its learning rate."""
-    norms = list(dict.fromkeys(norm for record in run.records for norm in record.get("norms", {})))
+    """The lines of PANELS; a run of a single norm has no second line of all batches, and no draw frequency."""
+    norms = dict.fromkeys(chain(*series(run, "norms").values()))
     for panel, (_, key, factor) in PANELS.items():
-        paths = {ALL: [key]} if key == "lr" or len(norms) > 1 else {}
-        if key != "drawn" or len(norms) > 1:
-            paths |= {norm: ["norms", norm, key] for norm in norms}
+        paths = {ALL: [key]} | {norm: ["norms", norm, key] for norm in norms}
+        if len(norms) == 1 and key != "lr":
+            del paths[ALL]
         for row, path in paths.items():
-            first = 0
+            points = {epoch: factor * value for epoch, value in series(run, *path).items()}
             if key == "running_error":  # it begins as 1, without a meaning, until the norm is first drawn
                 first = min(series(run, "norms", row, "loss"), default=math.inf)
-            points = {epoch: factor * value for epoch, value in series(run, *path).items() if epoch >= first}
-            if points:
+                points = {epoch: value for epoch, value in points.items() if epoch >= first}
+            if points and not (key == "drawn" and len(norms) == 1):
                 yield Curve(number, panel, row, points)
-
-
-def accuracy_curves(number: int, run: Run) -> Iterator[Curve]:
-    """The lines of KINDS, a panel for each row of the quick evaluations."""
-    for kind, (name, split, _) in KINDS.items():
-        for row in dict.fromkeys(row for table in series(run, name, split).values() for row in table):
-            points, *band = (series(run, name, split, row, key) for key in ("accuracy", "low", "high"))
-            if points:
-                yield Curve(number, row, row, points, kind, band)
 
 
 def colours(number: int) -> list[Any]:
@@ -202,33 +213,30 @@ def handle(label: str, **look: Any) -> Line2D:
 
 def draw_training(runs: Sequence[Run]) -> Figure:
     """Panels over epochs. Colours are runs and markers norms; of a single run, colours are norms too."""
-    found = [
-        [curve for n, run in enumerate(runs) for curve in make(n, run)] for make in (training_curves, accuracy_curves)
-    ]
-    groups = [group for group in found if group]
-    names = [in_order(curve.panel for curve in group) for group in groups]
-    heights = [0.5 + 2 * math.ceil(len(panels) / 3) for panels in names]
+    drawn = list(curves(runs))
+    both = [curve for curve in drawn if not curve.kind], [curve for curve in drawn if curve.kind]
+    groups = [group for group in both if group]
+    heights = [0.5 + 2 * math.ceil(len({curve.panel for curve in group}) / 3) for group in groups]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     shades = colours(len(runs)) if len(runs) > 1 else []
-    named = [
-        handle(run.label, color=shade, linewidth=3) for run, shade in zip(runs, shades, strict=False) if run.records
-    ]
-    for part, group, panels in zip(parts, groups, names, strict=True):
-        for axes, name in zip_longest(part.subplots(math.ceil(len(panels) / 3), 3, squeeze=False).flat, panels):
-            if name:
-                draw_panel(axes, name, [curve for curve in group if curve.panel == name], shades)
-            else:
-                axes.set_axis_off()
-        handles = named + legend(group, several=bool(shades))
-        named = []  # once is enough
-        longest = max(len(str(each.get_label())) for each in handles)
-        columns = max(1, min(len(handles), 120 // (longest + 8)))
-        part.legend(handles=handles, loc="outside lower center", ncols=columns)
-    epochs = [epoch for group in groups for curve in group for epoch in curve.points]
+    for part, group in zip(parts, groups, strict=True):
+        draw_group(part, group, shades)
+        draw_legend(part, group, shades, runs if group is groups[0] else [])
+    epochs = [epoch for curve in drawn for epoch in curve.points]
     for axes in figure.axes:
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     return figure
+
+
+def draw_group(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
+    """Their panels, three in a row."""
+    names = in_order(curve.panel for curve in drawn)
+    for axes, name in zip_longest(part.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat, names):
+        if name:
+            draw_panel(axes, name, [curve for curve in drawn if curve.panel == name], shades)
+        else:
+            axes.set_axis_off()
 
 
 def draw_panel(axes: Axes, name: str, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
@@ -265,20 +273,21 @@ def draw_curve(axes: Axes, curve: Curve, shades: Sequence[Any]) -> None:
         axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
-def legend(drawn: Sequence[Curve], several: bool) -> list[Line2D]:
-    """What markers (training) or lines (accuracy) mean; colours too unless they mean runs."""
-    present = {curve.kind for curve in drawn}
-    if "" in present:
-        looks = {row: ROWS.get(row, OTHER) for row in in_order(curve.row for curve in drawn)}
-        return [handle(row, marker=marker, color=GREY if several else c) for row, (marker, c) in looks.items()]
-    handles = []
-    for kind, (_, _, line) in KINDS.items():
-        if kind in present:
-            inside = "white" if "EMA" in kind else GREY
-            handles.append(handle(kind, linestyle=line, marker="o", markerfacecolor=inside))
-    if "test points" in present and not several:
+def draw_legend(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any], runs: Sequence[Run]) -> None:
+    """These runs' colours, and what markers (training) or lines (accuracy) mean; their colours too unless they mean runs."""
+    handles = [handle(run.label, color=c, linewidth=3) for run, c in zip(runs, shades, strict=False) if run.records]
+    for row in in_order(curve.row for curve in drawn if not curve.kind):
+        marker, colour = ROWS.get(row, OTHER)
+        handles.append(handle(row, marker=marker, color=GREY if shades else colour))
+    kinds = {curve.kind for curve in drawn}
+    for kind in [kind for kind in KINDS if kind in kinds]:
+        inside = "white" if "EMA" in kind else GREY
+        handles.append(handle(kind, linestyle=KINDS[kind][2], marker="o", markerfacecolor=inside))
+    if "test points" in kinds and not shades:
         handles.append(handle("95 % interval, test points", alpha=0.2, linewidth=8))
-    return handles
+    longest = max(len(str(each.get_label())) for each in handles)
+    columns = max(1, min(len(handles), 120 // (longest + 8)))
+    part.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def points(runs: Sequence[Run]) -> Iterator[Point]:
@@ -311,21 +320,25 @@ def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
         axes.plot(x, y, "D" if point.averaged else "o", color=colour, markerfacecolor=inside, markersize=6)
     axes.set(xlabel="clean accuracy (%)", ylabel="accuracy on the union of the threats (%)")
     axes.set_title(settings[0] if len(settings) == 1 else "settings differ: not comparable")
-    bounds = {point.bound for point in found}
-    marks = [
-        (False in bounds, "full evaluation", "o", GREY),
-        (True in bounds, "APGD-CE, upper bound", "o", "white"),
-        (any(point.averaged for point in found), "EMA", "D", GREY),
-    ]
-    handles = [handle(label, marker=m, markerfacecolor=c, linestyle="") for there, label, m, c in marks if there]
-    handles.append(handle("95 % intervals", linewidth=0.8))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.legend(handles=tradeoff_handles(found), loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # from here on places in pixels are known
-    taken = [Bbox.from_bounds(*axes.transData.transform(point.place) - 8, 16, 16) for point in found]
+    places = axes.transData.transform([point.place for point in found])
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in places]
     for point in found:
         text = point.label if len(settings) == 1 else f"{point.label}\n{point.setting}"
         taken.append(write_beside(axes, point.place, text, shades[point.run], taken))
     return figure
+
+
+def tradeoff_handles(found: Sequence[Point]) -> list[Line2D]:
+    """What the marks mean that are there."""
+    marks = (
+        ("full evaluation", "o", GREY, [not point.bound for point in found]),
+        ("APGD-CE, upper bound", "o", "white", [point.bound for point in found]),
+        ("EMA", "D", GREY, [point.averaged for point in found]),
+    )
+    there = [handle(label, marker=m, markerfacecolor=c, linestyle="") for label, m, c, seen in marks if any(seen)]
+    return [*there, handle("95 % intervals", linewidth=0.8)]
 
 
 def write_beside(axes: Axes, place: tuple[float, float], text: str, colour: Any, taken: Sequence[Bbox]) -> Bbox:
