@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.arrays import is_npz, load_pickled_arrays, mmap_npz
+from utils.arrays import load_arrays
 from utils.modules import generator
 from utils.run_folder import new_folder_or_nothing
 from utils.workers import load_ahead
@@ -65,6 +65,10 @@ class Split:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    def shuffled(self, seed: int, epoch: int) -> ShuffledTensors:
+        """An epoch in random order, augmented; a slice of it is images (B, C, H, W) uint8 and labels (B,)."""
+        return ShuffledTensors(self, generator(seed, epoch))
+
 
 @dataclass(frozen=True)
 class FolderSplit:
@@ -86,12 +90,9 @@ class FolderSplit:
     def in_memory(self) -> Split:
         """All images, prepared, read by a thread for each core. Raises ValueError that names a file that holds no image."""
         images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
-
-        def read(i: int) -> None:
-            images[i] = _read_image(self.files[i], self.prepare)
-
         with ThreadPoolExecutor(_cores()) as threads:
-            list(threads.map(read, range(len(self))))
+            for i, image in enumerate(threads.map(lambda file: _read_image(file, self.prepare), self.files)):
+                images[i] = image
         return Split(images, self.labels, self.levels, padding=0, flip=False)
 
     def pixels(self) -> tuple[Tensor, Tensor]:
@@ -102,6 +103,9 @@ class FolderSplit:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         return 3, self.size, self.size
+
+    def shuffled(self, seed: int, epoch: int) -> ShuffledFiles:
+        return ShuffledFiles(self, seed, epoch)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ class Mixed:
     def levels(self) -> int:
         return self.standard.levels
 
+    def shuffled(self, seed: int, epoch: int) -> ShuffledMix:
+        return ShuffledMix(self, seed, epoch)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -172,9 +179,7 @@ class DatasetSpec:
 
     name: str  # as --dataset takes it
     summary: str  # its line in --help
-    load: Callable[
-        ..., Dataset
-    ]  # load(name, data_dir, image_size, prepare), of which the last two are for files; ValueError
+    load: Callable[..., Dataset]  # load(name, data_dir, image_size, prepare), the last two for files; ValueError
     radii: dict[str, float]  # eps of each norm, for pixels in [0, 1]
     files: bool = False  # the images are files, of any size, read when needed
     width: int | None = None  # channels of the first stage of a network from scratch (None: the network's own default)
@@ -242,15 +247,12 @@ def _load_folders(name: str, data_dir: Path, size: int, prepare: Transform | Non
     try:
         train, val = (ImageFolder(str(data_dir / part)) for part in ("train", "val"))
     except OSError as error:
-        raise ValueError(
-            f"{error}; {name} is read from train/CLASS/*.jpg and val/CLASS/*.jpg in the folder that --data_dir names, "
-            "and never downloaded"
-        ) from error
+        layout = "train/CLASS/*.jpg and val/CLASS/*.jpg in the folder that --data_dir names"
+        raise ValueError(f"{error}; {name} is read from {layout}, and never downloaded") from error
     if odd := sorted({*train.classes} ^ {*val.classes}):
         shown = ", ".join(f"{word} (only in {'train' if word in train.classes else 'val'})" for word in odd[:3])
-        raise ValueError(
-            f"train and val in --data_dir={data_dir} must have the same classes; {len(odd)} differ, such as {shown}"
-        )
+        differ = f"{len(odd)} differ, such as {shown}"
+        raise ValueError(f"train and val in --data_dir={data_dir} must have the same classes; {differ}")
     if prepare is None:
         prepare = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
     else:
@@ -302,55 +304,46 @@ def load_extra(file: str, data: Dataset) -> Extra:
     if isinstance(train, FolderSplit):
         others = [spec.name for spec in DATASETS.values() if not spec.files]
         raise ValueError(f"{data.name} takes no extra images; {', '.join(others)} do")
-    images, labels = _read_extra(file)
-    channels, height, width = data.shape
-    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
-        raise ValueError(
-            f"{file} has images of {images.dtype} and shape {images.shape}, "
-            f"those of {data.name} are uint8 and (N, {height}, {width}, {channels})"
-        )
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{file} has labels of {labels.dtype} and shape {labels.shape}, "
-            f"{len(images)} images need integers and ({len(images)},)"
-        )
-    if not len(images):
-        raise ValueError(f"{file} has no images")
-    if labels.min() < 0 or labels.max() >= data.num_classes:
-        raise ValueError(
-            f"{file} has labels from {labels.min()} to {labels.max()}, those of {data.name} go from 0 to {data.num_classes - 1}"
-        )
-    if train.levels < 255 and images.max() > train.levels:
-        raise ValueError(f"{file} has pixels up to {images.max()}, those of {data.name} go up to {train.levels}")
-    return Extra(*_as_tensors(images, labels), train.levels, train.padding, train.flip, file)
+    return _open_extra(file, train.levels, train.padding, train.flip, data)
 
 
-def _read_extra(file: str) -> list[np.ndarray]:
-    """Images and labels as they are in a file."""
-    path = Path(file)
-    return (
-        mmap_npz(path, "image", "label") if is_npz(path) else load_pickled_arrays(path, "data", "extrapolated_targets")
-    )
-
-
-def _as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) where they are, of (N, H, W, C); labels (N,) int64 in memory."""
+def _open_extra(file: str, levels: int, padding: int, flip: bool, data: Dataset | None = None) -> Extra:
+    """The images where they are and the labels in memory; with `data`, only if they are such as it has."""
+    images, labels = load_arrays(Path(file), ["image", "label"], ["data", "extrapolated_targets"])
+    if data and (problem := _misfit(images, labels, data, levels)):
+        raise ValueError(f"{file} has {problem}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes on them
-        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+        tensors = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+    return Extra(*tensors, levels, padding, flip, file)
 
 
-def _open_extra(file: str, levels: int, padding: int, flip: bool) -> Extra:
-    images, labels = _read_extra(file)
-    return Extra(*_as_tensors(images, labels), levels, padding, flip, file)
+def _misfit(images: np.ndarray, labels: np.ndarray, data: Dataset, levels: int) -> str | None:
+    """What these arrays have that the images and labels of the data set don't; None if they fit."""
+    channels, height, width = data.shape
+    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
+        theirs = f"those of {data.name} are uint8 and (N, {height}, {width}, {channels})"
+        return f"images of {images.dtype} and shape {images.shape}, {theirs}"
+    n = len(images)
+    if labels.dtype.kind not in "iu" or labels.shape != (n,):
+        return f"labels of {labels.dtype} and shape {labels.shape}, {n} images need integers and ({n},)"
+    if not n:
+        return "no images"
+    if labels.min() < 0 or labels.max() >= data.num_classes:
+        theirs = f"those of {data.name} go from 0 to {data.num_classes - 1}"
+        return f"labels from {labels.min()} to {labels.max()}, {theirs}"
+    if levels < 255 and images.max() > levels:
+        return f"pixels up to {images.max()}, those of {data.name} go up to {levels}"
+    return None
 
 
 # Mini-batches
 
 
-def mix(
-    split: Split | FolderSplit, extra: Extra | None, batch_size: int, fraction: float
-) -> Split | FolderSplit | Mixed:
+TrainingSplit = Split | FolderSplit | Mixed
+
+
+def mix(split: Split | FolderSplit, extra: Extra | None, batch_size: int, fraction: float) -> TrainingSplit:
     """Mini-batches of which `fraction` (rounded, but neither none nor all) is extra; the split itself if there is no extra."""
     if extra is None:
         return split
@@ -359,7 +352,7 @@ def mix(
     return Mixed(split, extra, batch_size - num_extra, num_extra)
 
 
-def on_device(split: Split | FolderSplit | Mixed, device: torch.device) -> Split | FolderSplit | Mixed:
+def on_device(split: TrainingSplit, device: torch.device) -> TrainingSplit:
     """The split with its tensors on the device; unchanged if it is of files or mixed, or needs more than half of a GPU's free memory."""
     if not isinstance(split, Split):
         return split
@@ -385,7 +378,7 @@ class BatchLoader:
     by `workers` processes (None: one per core, at most 8; 0: none).
     """
 
-    split: Split | FolderSplit | Mixed
+    split: TrainingSplit
     batch_size: int  # of all processes together
     seed: int = 0
     device: torch.device = CPU
@@ -407,8 +400,8 @@ class BatchLoader:
         if isinstance(self.split, FolderSplit):
             workers = min(8, _cores()) if self.workers is None else self.workers
         else:
-            images = self.split.standard.images if isinstance(self.split, Mixed) else self.split.images
-            workers = int(images.device.type != self.device.type)
+            standard = self.split.standard if isinstance(self.split, Mixed) else self.split
+            workers = int(standard.images.device.type != self.device.type)
         found = load_ahead(batches, numbers, workers, self.device) if workers else map(batches.__getitem__, numbers)
         for images, labels in found:
             x = images.to(self.device, non_blocking=True).float() / self.split.levels
@@ -419,14 +412,7 @@ class ShardedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """This process' part of each mini-batch of an epoch, as uint8, by the batch's number; worker processes index it."""
 
     def __init__(self, loader: BatchLoader, epoch: int) -> None:
-        self.loader, split = loader, loader.split
-        self.examples: ShuffledTensors | ShuffledFiles | ShuffledMix
-        if isinstance(split, FolderSplit):
-            self.examples = ShuffledFiles(split, loader.seed, epoch)
-        elif isinstance(split, Mixed):
-            self.examples = ShuffledMix(split, loader.seed, epoch)
-        else:
-            self.examples = ShuffledTensors(split, generator(loader.seed, epoch))
+        self.loader, self.examples = loader, loader.split.shuffled(loader.seed, epoch)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -480,39 +466,34 @@ class ShuffledFiles:
 
 
 class ShuffledMix:
-    """The same of standard and extra images, the extra ones spread evenly over each mini-batch."""
+    """The same of standard and extra images, the extra ones spread evenly over each mini-batch; a slice lies within one."""
 
     def __init__(self, split: Mixed, seed: int, epoch: int) -> None:
         # Order and crops of the standard images are those of an epoch without extra ones.
-        self.standard = ShuffledTensors(split.standard, generator(seed, epoch))
+        self.split, self.standard = split, split.standard.shuffled(seed, epoch)
         order = _endless_order(len(split.extra), len(split) - len(split.standard), seed, epoch)
         self.extra = ShuffledTensors(split.extra, generator(seed, epoch, 0, 1), order)
-        # How many extra images come before each example of the epoch, and before its end: the number grows where one is extra.
-        batch_size = split.standard_per_batch + split.extra_per_batch
-        position = torch.arange(len(split) + 1)
-        number, within = position // batch_size, position % batch_size
-        full, rest = divmod(len(split.standard), split.standard_per_batch)
-        extra = torch.where(number < full, split.extra_per_batch, split.num_extra(rest))
-        size = torch.where(number < full, batch_size, max(rest + split.num_extra(rest), 1))
-        self.extra_before = number * split.extra_per_batch + within * extra // size
 
     def __getitem__(self, which: slice) -> tuple[Tensor, Tensor]:
-        extra_before = self.extra_before[which.start : which.stop + 1]
+        split = self.split
+        number, start = divmod(which.start, split.standard_per_batch + split.extra_per_batch)
+        num_standard = min(split.standard_per_batch, len(split.standard) - number * split.standard_per_batch)
+        num_extra = split.num_extra(num_standard)
+        # How many extra images of the batch come before each example, and before the end: the number grows where one is extra.
+        position = torch.arange(start, start + which.stop - which.start + 1)
+        extra_before = number * split.extra_per_batch + position * num_extra // max(1, num_standard + num_extra)
         first, last = int(extra_before[0]), int(extra_before[-1])
         parts = self.standard[which.start - first : which.stop - last], self.extra[first:last]
-        position = extra_before.diff().argsort(stable=True).argsort()
-        images, labels = (torch.cat(both).index_select(0, position) for both in zip(*parts, strict=True))
+        place = extra_before.diff().argsort(stable=True).argsort()
+        images, labels = (torch.cat(both).index_select(0, place) for both in zip(*parts, strict=True))
         return images, labels
 
 
 def _endless_order(n: int, length: int, seed: int, epoch: int) -> Tensor:
     """An epoch's `length` numbers below n, out of one random order of all n after another, begun where the epoch before ended."""
-    begin = epoch * length
-    turns = range(begin // n, -(-(begin + length) // n))
-    orders = (torch.randperm(n, generator=generator(seed, turn, 0, 0)) for turn in turns)
-    return torch.cat(
-        [order[max(begin - turn * n, 0) : begin + length - turn * n] for turn, order in zip(turns, orders, strict=True)]
-    )
+    turn, begin = divmod(epoch * length, n)
+    turns = range(turn, turn - (-(begin + length) // n))
+    return torch.cat([torch.randperm(n, generator=generator(seed, turn, 0, 0)) for turn in turns])[begin:][:length]
 
 
 def _cores() -> int:

@@ -18,13 +18,13 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -59,6 +59,7 @@ ROWS = {  # what a line is about: its marker and, in the picture of a single run
     "union": ("v", "#cc79a7"),
 }
 OTHER = ("X", "#666666")  # a norm that is not among them
+GREY = "0.3"  # in legends, where colours mean something else
 PANELS = {  # of training: label of the y axis, key in a record and in its norms' rows, factor
     "training loss": ("cross-entropy (nats)", "loss", 1),
     "training error": ("error (%)", "error", 100),
@@ -106,6 +107,10 @@ class Point:
     setting: str
     bound: bool  # its union is an upper bound
     averaged: bool  # EMA
+
+    @property
+    def place(self) -> tuple[float, float]:
+        return self.rows["clean"]["accuracy"], self.rows["union"]["accuracy"]
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -163,28 +168,36 @@ def series(run: Run, *path: str) -> dict[int, Any]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Each once, as in ROWS, others behind."""
-    return sorted(dict.fromkeys(names), key=lambda name: list(ROWS).index(name) if name in ROWS else len(ROWS))
+    """Each once, as in PANELS and ROWS, others behind."""
+    order = [*PANELS, *ROWS]
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else len(order))
 
 
 def curves(runs: Sequence[Run]) -> Iterator[Curve]:
-    """Every line of the first picture that has points."""
+    """Every line of the first picture that has points: those of PANELS, then one of each of KINDS for each row."""
     for number, run in enumerate(runs):
-        norms = list(dict.fromkeys(norm for record in run.records for norm in record.get("norms", {})))
-        for panel, (_, key, factor) in PANELS.items():
-            for row, path in [(ALL, [key]), *((norm, ["norms", norm, key]) for norm in norms)]:
-                points = {epoch: factor * value for epoch, value in series(run, *path).items()}
-                if key == "running_error":  # it begins as 1, without a meaning, until the norm is first drawn
-                    first = min(series(run, "norms", row, "loss"), default=math.inf)
-                    points = {epoch: value for epoch, value in points.items() if epoch >= first}
-                twice = len(norms) == 1 and ((row == ALL and key != "lr") or key == "drawn")  # one norm has all
-                if points and not twice:
-                    yield Curve(number, panel, row, points)
+        yield from training_curves(number, run)
         for kind, (name, split, _) in KINDS.items():
-            for row in dict.fromkeys(row for table in series(run, name, split).values() for row in table):
+            for row in in_order(chain(*series(run, name, split).values())):
                 points, *band = (series(run, name, split, row, key) for key in ("accuracy", "low", "high"))
                 if points:
                     yield Curve(number, row, row, points, kind, band)
+
+
+def training_curves(number: int, run: Run) -> Iterator[Curve]:
+    """The lines of PANELS; a run of a single norm has no second line of all batches, and no draw frequency."""
+    norms = dict.fromkeys(chain(*series(run, "norms").values()))
+    for panel, (_, key, factor) in PANELS.items():
+        paths = {ALL: [key]} | {norm: ["norms", norm, key] for norm in norms}
+        if len(norms) == 1 and key != "lr":
+            del paths[ALL]
+        for row, path in paths.items():
+            points = {epoch: factor * value for epoch, value in series(run, *path).items()}
+            if key == "running_error":  # it begins as 1, without a meaning, until the norm is first drawn
+                first = min(series(run, "norms", row, "loss"), default=math.inf)
+                points = {epoch: value for epoch, value in points.items() if epoch >= first}
+            if points and not (key == "drawn" and len(norms) == 1):
+                yield Curve(number, panel, row, points)
 
 
 def colours(number: int) -> list[Any]:
@@ -193,52 +206,46 @@ def colours(number: int) -> list[Any]:
     return COLOURS[:number] if number <= len(COLOURS) else [viridis(i / (number - 1)) for i in range(number)]
 
 
+def handle(label: str, **look: Any) -> Line2D:
+    """A line of a legend."""
+    return Line2D([], [], label=label, **{"color": GREY} | look)
+
+
 def draw_training(runs: Sequence[Run]) -> Figure:
     """Panels over epochs. Colours are runs and markers norms; of a single run, colours are norms too."""
     drawn = list(curves(runs))
-    there = in_order(curve.panel for curve in drawn)
-    groups = [[name for name in PANELS if name in there], [name for name in there if name not in PANELS]]
-    groups = [group for group in groups if group]
-    heights = [0.5 + 2 * -(-len(group) // 3) for group in groups]
+    both = [curve for curve in drawn if not curve.kind], [curve for curve in drawn if curve.kind]
+    groups = [group for group in both if group]
+    heights = [0.5 + 2 * math.ceil(len({curve.panel for curve in group}) / 3) for group in groups]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     shades = colours(len(runs)) if len(runs) > 1 else []
-    epochs = [epoch for curve in drawn for epoch in curve.points]
     for part, group in zip(parts, groups, strict=True):
-        mine = [curve for curve in drawn if curve.panel in group]
-        for axes, name in zip_longest(part.subplots(-(-len(group) // 3), 3, squeeze=False).flat, group):
-            if name:
-                draw_panel(axes, name, [curve for curve in mine if curve.panel == name], shades)
-                axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-            else:
-                axes.set_axis_off()
-        handles = legend(mine, several=len(runs) > 1)
-        if shades and group is groups[0]:
-            named = [(run.label, shade) for run, shade in zip(runs, shades, strict=True) if run.records]
-            handles = [Line2D([], [], color=shade, linewidth=3, label=label) for label, shade in named] + handles
-        longest = max(len(str(handle.get_label())) for handle in handles)
-        columns = max(1, min(len(handles), 120 // (longest + 8)))
-        part.legend(handles=handles, loc="outside lower center", ncols=columns)
+        draw_group(part, group, shades)
+        draw_legend(part, group, shades, runs if group is groups[0] else [])
+    epochs = [epoch for curve in drawn for epoch in curve.points]
+    for axes in figure.axes:
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     return figure
+
+
+def draw_group(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
+    """Their panels, three in a row."""
+    names = in_order(curve.panel for curve in drawn)
+    for axes, name in zip_longest(part.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat, names):
+        if name:
+            draw_panel(axes, name, [curve for curve in drawn if curve.panel == name], shades)
+        else:
+            axes.set_axis_off()
 
 
 def draw_panel(axes: Axes, name: str, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
     """One line a curve; without shades, one for each run, a row has its own colour, and test points a band."""
-    axes.set_title(name if name in PANELS else f"accuracy, {name}" + (" (upper bound)" if name != "clean" else ""))
-    axes.set(xlabel="epoch", ylabel=PANELS[name][0] if name in PANELS else "accuracy (%)")
+    accuracy = f"accuracy, {name}" if name == "clean" else f"accuracy, {name} (upper bound)"
+    title, label = (name, PANELS[name][0]) if name in PANELS else (accuracy, "accuracy (%)")
+    axes.set(title=title, xlabel="epoch", ylabel=label)
     for curve in drawn:
-        marker, colour = ROWS.get(curve.row, OTHER)
-        colour = shades[curve.run] if shades else colour
-        look: dict[str, Any] = {"marker": marker, "color": colour, "markevery": 1 + len(curve.points) // 20}
-        look["linestyle"] = KINDS[curve.kind][2] if curve.kind else "-"
-        look["markerfacecolor"] = "white" if "EMA" in curve.kind else colour
-        look["linewidth"] = 2 if curve.row == ALL else 1.2
-        if name == "learning rate" and shades:  # often the same in all runs: thinner and thinner, so that all are seen
-            look["linewidth"] = 5 - 3.8 * curve.run / (len(shades) - 1)
-        axes.plot(list(curve.points), list(curve.points.values()), **look)
-        if curve.kind == "test points" and not shades:
-            low, high = (list(end.values()) for end in curve.band)
-            axes.fill_between(list(curve.points), low, high, color=colour, alpha=0.12, linewidth=0)
+        draw_curve(axes, curve, shades)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if name == "learning rate":
         rates = [rate for curve in drawn for rate in curve.points.values() if rate > 0] or [1]
@@ -248,22 +255,39 @@ def draw_panel(axes: Axes, name: str, drawn: Sequence[Curve], shades: Sequence[A
         axes.yaxis.set_major_formatter("{x:g}")
 
 
-def legend(drawn: Sequence[Curve], several: bool) -> list[Line2D]:
-    """What markers (training) or lines (accuracy) mean; colours too unless they mean runs."""
-    present = {curve.kind for curve in drawn}
-    if "" in present:
-        rows = [(row, *ROWS.get(row, OTHER)) for row in in_order(curve.row for curve in drawn)]
-        looks = [{"label": row, "marker": marker, "color": "0.3" if several else c} for row, marker, c in rows]
-        return [Line2D([], [], **look) for look in looks]  # type: ignore[arg-type]
-    handles = []
-    for kind, (_, _, line) in KINDS.items():
-        if kind in present:
-            inside = "white" if "EMA" in kind else "0.3"
-            look: dict[str, Any] = {"linestyle": line, "marker": "o", "markerfacecolor": inside}
-            handles.append(Line2D([], [], color="0.3", label=kind, **look))
-    if "test points" in present and not several:
-        handles.append(Line2D([], [], color="0.3", alpha=0.2, linewidth=8, label="95 % interval, test points"))
-    return handles
+def draw_curve(axes: Axes, curve: Curve, shades: Sequence[Any]) -> None:
+    """One line, and a band if it may have one."""
+    marker, colour = ROWS.get(curve.row, OTHER)
+    width = 2 if curve.row == ALL else 1.2
+    if shades:
+        colour = shades[curve.run]
+        if curve.panel == "learning rate":  # often the same in all runs: thinner and thinner, so that all are seen
+            width = 5 - 3.8 * curve.run / (len(shades) - 1)
+    look: dict[str, Any] = {"marker": marker, "markevery": 1 + len(curve.points) // 20, "linewidth": width}
+    look |= {"linestyle": KINDS[curve.kind][2] if curve.kind else "-", "color": colour}
+    look["markerfacecolor"] = "white" if "EMA" in curve.kind else colour
+    epochs = list(curve.points)
+    axes.plot(epochs, list(curve.points.values()), **look)
+    if curve.kind == "test points" and not shades:
+        low, high = (list(end.values()) for end in curve.band)
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def draw_legend(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any], runs: Sequence[Run]) -> None:
+    """These runs' colours, and what markers (training) or lines (accuracy) mean; their colours too unless they mean runs."""
+    handles = [handle(run.label, color=c, linewidth=3) for run, c in zip(runs, shades, strict=False) if run.records]
+    for row in in_order(curve.row for curve in drawn if not curve.kind):
+        marker, colour = ROWS.get(row, OTHER)
+        handles.append(handle(row, marker=marker, color=GREY if shades else colour))
+    kinds = {curve.kind for curve in drawn}
+    for kind in [kind for kind in KINDS if kind in kinds]:
+        inside = "white" if "EMA" in kind else GREY
+        handles.append(handle(kind, linestyle=KINDS[kind][2], marker="o", markerfacecolor=inside))
+    if "test points" in kinds and not shades:
+        handles.append(handle("95 % interval, test points", alpha=0.2, linewidth=8))
+    longest = max(len(str(each.get_label())) for each in handles)
+    columns = max(1, min(len(handles), 120 // (longest + 8)))
+    part.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def points(runs: Sequence[Run]) -> Iterator[Point]:
@@ -288,31 +312,33 @@ def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes, shades = figure.subplots(), colours(number)
     settings = list(dict.fromkeys(point.setting for point in found))
-    places = [(point.rows["clean"]["accuracy"], point.rows["union"]["accuracy"]) for point in found]
-    for point, (x, y) in zip(found, places, strict=True):
-        colour, clean, union = shades[point.run], point.rows["clean"], point.rows["union"]
+    for point in found:
+        (x, y), colour, clean, union = point.place, shades[point.run], point.rows["clean"], point.rows["union"]
         axes.hlines(y, clean["low"], clean["high"], colour, linewidth=0.8, alpha=0.5)
         axes.vlines(x, union["low"], union["high"], colour, linewidth=0.8, alpha=0.5)
         inside = "white" if point.bound else colour
         axes.plot(x, y, "D" if point.averaged else "o", color=colour, markerfacecolor=inside, markersize=6)
     axes.set(xlabel="clean accuracy (%)", ylabel="accuracy on the union of the threats (%)")
     axes.set_title(settings[0] if len(settings) == 1 else "settings differ: not comparable")
-    marks: dict[str, tuple[str, str, list[bool]]] = {
-        "full evaluation": ("o", "0.3", [not point.bound for point in found]),
-        "APGD-CE, upper bound": ("o", "white", [point.bound for point in found]),
-        "EMA": ("D", "0.3", [point.averaged for point in found]),
-    }
-    seen = [(label, marker, inside) for label, (marker, inside, there) in marks.items() if any(there)]
-    looks: list[dict[str, Any]] = [{"label": a, "marker": b, "markerfacecolor": c, "linestyle": ""} for a, b, c in seen]
-    looks.append({"label": "95 % intervals", "linewidth": 0.8})
-    handles = [Line2D([], [], color="0.3", **look) for look in looks]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.legend(handles=tradeoff_handles(found), loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # from here on places in pixels are known
-    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(places)]
-    for point, place in zip(found, places, strict=True):
-        text = point.label + (f"\n{point.setting}" if len(settings) > 1 else "")
-        taken.append(write_beside(axes, place, text, shades[point.run], taken))
+    places = axes.transData.transform([point.place for point in found])
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in places]
+    for point in found:
+        text = point.label if len(settings) == 1 else f"{point.label}\n{point.setting}"
+        taken.append(write_beside(axes, point.place, text, shades[point.run], taken))
     return figure
+
+
+def tradeoff_handles(found: Sequence[Point]) -> list[Line2D]:
+    """What the marks mean that are there."""
+    marks = (
+        ("full evaluation", "o", GREY, [not point.bound for point in found]),
+        ("APGD-CE, upper bound", "o", "white", [point.bound for point in found]),
+        ("EMA", "D", GREY, [point.averaged for point in found]),
+    )
+    there = [handle(label, marker=m, markerfacecolor=c, linestyle="") for label, m, c, seen in marks if any(seen)]
+    return [*there, handle("95 % intervals", linewidth=0.8)]
 
 
 def write_beside(axes: Axes, place: tuple[float, float], text: str, colour: Any, taken: Sequence[Bbox]) -> Bbox:
@@ -350,27 +376,36 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     with blame("RUN"):
         runs = [read_run(folder, label) for folder, label in zip(args.runs, labels, strict=True)]
     found = list(points(runs))
-    trained = any(run.records for run in runs)
-    if not trained and not found:
-        parser.error("argument RUN: there are neither epochs nor a union accuracy to draw")
-    folder = args.save_dir or (args.runs[0] if len(runs) == 1 else Path("plots"))
-    without = [run.label for number, run in enumerate(runs) if number not in {point.run for point in found}]
-    if without:
+    with matplotlib.style.context(["default", STYLE]):
+        figures = {"training": draw_training(runs)} if any(run.records for run in runs) else {}
+        figures |= {"tradeoff": draw_tradeoff(found, len(runs))} if found else {}
+        if not figures:
+            parser.error("argument RUN: there are neither epochs nor a union accuracy to draw")
+        tell(runs, found)
+        with blame("--save_dir"):
+            return save(figures, args.save_dir or (args.runs[0] if len(runs) == 1 else Path("plots")))
+
+
+def tell(runs: Sequence[Run], found: Sequence[Point]) -> None:
+    """Print which runs are not in the second picture, and what eval.py warned of."""
+    drawn = {point.run for point in found}
+    if without := [run.label for number, run in enumerate(runs) if number not in drawn]:
         print(f"not in tradeoff, no union accuracy (train.py --eval_freq or --final_eval): {', '.join(without)}")
     for run in runs:
-        for text in (text for name in RESULTS for text in run.files.get(name, {}).get("warnings", [])):
-            print(f"WARNING: {run.label}: {text}")
+        for name in RESULTS:
+            for text in run.files.get(name, {}).get("warnings", []):
+                print(f"WARNING: {run.label}: {text}")
+
+
+def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as PNG and PDF to the folder; the files. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with blame("--save_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.style.context(["default", STYLE]):
-        figures = {"training": draw_training(runs)} if trained else {}
-        figures |= {"tradeoff": draw_tradeoff(found, len(runs))} if found else {}
-        for path, figure in ((folder / f"{name}.{end}", figures[name]) for name in figures for end in ("png", "pdf")):
-            with blame("--save_dir"):
-                figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-            print(f"wrote {path}")
-            written.append(path)
+    for name, figure in figures.items():
+        for end, metadata in (("png", None), ("pdf", {"CreationDate": None})):
+            written.append(folder / f"{name}.{end}")
+            figure.savefig(written[-1], metadata=metadata)
+            print(f"wrote {written[-1]}")
     return written
 
 

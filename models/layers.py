@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Activation = Callable[[Tensor], Tensor]
+
 
 class _Softplus(torch.autograd.Function):
     """log(1 + exp(x)) of kernels that are vectorised on CPUs: F.softplus' own is a third of a pass there (docs/log.md).
@@ -53,7 +55,7 @@ def normalise(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "softplus1": softplus,
     "relu": F.relu,
     "silu": F.silu,
@@ -69,14 +71,7 @@ class PreActBlock(nn.Module):
     shortcut: that convolution's published name in the state dict, "shortcut.0" or one without a dot.
     """
 
-    def __init__(
-        self,
-        in_planes: int,
-        planes: int,
-        stride: int,
-        act: Callable[[Tensor], Tensor],
-        shortcut: str = "shortcut.0",
-    ) -> None:
+    def __init__(self, in_planes: int, planes: int, stride: int, act: Activation, shortcut: str = "shortcut.0") -> None:
         super().__init__()
         self.act = act
         self.bn1 = nn.BatchNorm2d(in_planes)

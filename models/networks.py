@@ -20,25 +20,23 @@ FINETUNE_LR = 0.01  # highest learning rate of fine-tuning a network that has no
 
 @dataclass(frozen=True)
 class Network:
-    """All that a network is: how it is built, the settings for flags left out, and how a plain state dict of it is recognised."""
+    """All that a network is: how it is built, the settings for flags left out, and how its plain state dict is recognised."""
 
-    name: str  # as --arch takes it; words in capitals stand for numbers: wide-resnet-DEPTH-WIDTH
+    name: str  # as --arch takes it; words in capitals stand for numbers from 1 to 999: wide-resnet-DEPTH-WIDTH
     summary: str  # its line in --help
-    build: Callable[..., nn.Module]  # build(*sizes(arch), num_classes=, in_channels=, act=[, width=])
-    recognise: Callable[
-        [StateDict], Spec | None
-    ]  # the spec, without act, that names and shapes tell; None: another network
+    build: Callable[
+        ..., nn.Module
+    ]  # build(*numbers, num_classes=, in_channels=, act=[, width=]); ValueError for bad numbers
+    recognise: Callable[[StateDict], Spec | None]  # the spec, without act, that names and shapes tell; None: another's
     small: Spec  # the arguments of build_model for one that the tests can train in seconds
     act: str = "relu"  # activation
     width: int | None = None  # channels of the first stage; None: --width has no meaning
     finetune_lr: float = FINETUNE_LR  # highest learning rate of fine-tuning (arXiv 2105.12508, appendix A)
-    sizes: Callable[[str], tuple[int, ...]] = lambda arch: ()  # the numbers in a name; ValueError for bad ones
-    clean: Callable[[StateDict], StateDict] = lambda state: state  # a published state dict, without what no pass uses
 
-    def matches(self, arch: str) -> bool:
-        """Is `arch` a name of this network, with numbers or whatever else in the place of the capitals?"""
-        pattern = re.sub("[A-Z]+", ".*", self.name)
-        return re.fullmatch(pattern, arch) is not None
+    def numbers(self, arch: str) -> tuple[int, ...] | None:
+        """The numbers in `arch`, in the place of the capitals; None if it is no name of this network."""
+        found = re.fullmatch(re.sub("[A-Z]+", "([1-9][0-9]{0,2})", self.name), arch)
+        return tuple(map(int, found.groups())) if found else None
 
 
 NETWORKS: dict[str, Network] = {}
@@ -53,7 +51,7 @@ def register_network(network: Network) -> None:
 
 def find_network(arch: str) -> Network | None:
     """The registered network that a name or a spec's `arch` means; None for one from elsewhere (RobustBench, one's own function)."""
-    return next((network for network in NETWORKS.values() if network.matches(arch)), None)
+    return next((network for network in NETWORKS.values() if network.numbers(arch) is not None), None)
 
 
 def describe_networks() -> str:
@@ -86,7 +84,7 @@ def build_known(arch: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f"unknown activation {kwargs['act']!r}; choose one of {' '.join(ACTIVATIONS)}")
     if kwargs.get("width") and network.width is None:
         raise ValueError(f"{arch} says its width itself, leave --width out")
-    return network.build(*network.sizes(arch), **kwargs)
+    return network.build(*(network.numbers(arch) or ()), **kwargs)
 
 
 def new_spec(arch: str, **kwargs: Any) -> Spec:

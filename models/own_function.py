@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
+import runpy
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ def build_own_function(name: str, **kwargs: Any) -> nn.Module:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"there is no file {file} to take the function {function_name} from")
-    function = getattr(_located(file, lambda: _import(file)), function_name, None)
+    function = _located(file, lambda: runpy.run_path(path)).get(function_name)
     if not callable(function):
         raise ValueError(f"{file} has no function {function_name}")
     arguments = _arguments(function, name, kwargs)
@@ -41,30 +41,16 @@ def build_own_function(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-def _import(file: Path) -> Any:
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
 def _arguments(function: Callable[..., Any], name: str, offered: dict[str, Any]) -> dict[str, Any]:
     """Those of the offered arguments that the function takes. Raises ValueError if it needs others, or can't take what was asked for."""
     parameters = inspect.signature(function).parameters.values()
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    passed = {key: value for key, value in offered.items() if takes_any or key in names}
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in passed
-    ]
-    if needed:
-        raise ValueError(
-            f"{name} needs {', '.join(needed)}; passed by name are {', '.join(offered) or 'none'}: give the rest default values"
-        )
+    passed = {key: value for key, value in offered.items() if takes_any or key in by_name}
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed := [parameter for parameter in required if parameter not in passed]:
+        given = f"passed by name are {', '.join(offered) or 'none'}: give the rest default values"
+        raise ValueError(f"{name} needs {', '.join(needed)}; {given}")
     if refused := sorted(offered.keys() - passed.keys() - {*OPTIONAL}):
         raise ValueError(f"{name} takes no {' or '.join(refused)}; leave --{' and --'.join(refused)} out")
     return passed
@@ -75,11 +61,8 @@ def _located(file: Path, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:  # whatever a user's code raises
-        lines = [
-            line
-            for frame, line in traceback.walk_tb(error.__traceback__)
-            if Path(frame.f_code.co_filename).resolve() == file.resolve()
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
         line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame
         place = f"{file}, line {line}" if line else str(file)  # a function that the file imports is elsewhere
         raise ValueError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error

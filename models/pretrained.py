@@ -14,14 +14,14 @@ import gdown
 import torch
 from torch import Tensor, nn
 
-from models.networks import NETWORKS, Spec, StateDict, build_known, find_network
+from models.networks import NETWORKS, Spec, StateDict, build_known
 from models.own_function import build_own_function, split_own_function
 from models.robustbench_zoo import THREATS, load_robustbench
 from utils.checkpoint import load_tensors, state_dict_of
 from utils.run_folder import new_folder_or_nothing
 
-OWN_ARGUMENTS = ("num_classes", "in_channels", "act", "width")  # of a spec, what goes to a function of the user's
 AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_Linf.pth, pretr_L2.pth, pretr_L1.pth
+UNUSED = "sub_block1."  # many published wide residual networks have a block beside block1 that no pass goes through
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ def load_model(name: str, model_dir: str, dataset: str, act: str | None = None, 
     wide residual networks). `arch`, if given, has to be the network that a checkpoint says or looks like. Raises ValueError that says what
     to do.
     """
-    own = split_own_function(name)
-    if arch and (own or name.startswith("RB_")):
+    function, checkpoint = split_own_function(name) or (None, None)
+    if arch and (function or name.startswith("RB_")):
         raise ValueError(f"{name} has a network of its own; leave --arch={arch} out")
     if name.startswith("RB_"):
-        model_id, threat = _split_robustbench(name)
-        model, threat = load_robustbench(model_id, threat, dataset, Path(model_dir))
-        return Loaded(model, {"arch": "robustbench", "model_id": model_id, "threat": threat, "dataset": dataset}, {})
-    if own:
-        return _from_own_function(*own)
-    path = _find_file(name, Path(model_dir))
+        spec = _robustbench_spec(name, dataset)
+        model, spec["threat"] = load_robustbench(spec["model_id"], spec["threat"], dataset, Path(model_dir))
+        return Loaded(model, spec, {})
+    if function and not checkpoint:
+        return Loaded(build_own_function(function), {"arch": "function", "function": function}, {})
+    path = Path(checkpoint) if checkpoint else _find_file(name, Path(model_dir))
     try:
-        return _from_file(path, dataset, act, arch)
+        return _from_file(path, dataset, act, arch, function)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
@@ -68,66 +68,47 @@ def rebuild(spec: Spec, name: str | None) -> nn.Module:
     own = split_own_function(name or "")
     if own is None or own[0] != spec["function"]:
         raise ValueError(f"its network comes from {spec['function']}, not from {name}")
-    return _rebuild_own(own[0], spec)
+    arguments = ("num_classes", "in_channels", "act", "width")
+    return build_own_function(own[0], **{key: spec[key] for key in arguments if key in spec})
 
 
-def _rebuild_own(function: str, spec: Spec) -> nn.Module:
-    return build_own_function(function, **{key: spec[key] for key in OWN_ARGUMENTS if key in spec})
+def _robustbench_spec(name: str, dataset: str) -> Spec:
+    """What RB_{id} or RB_{id}_{Linf,L2} means; `threat` is None for the first."""
+    model_id, threat = re.findall(f"^RB_(.*?)(?:_({'|'.join(THREATS)}))?$", name)[0]
+    return {"arch": "robustbench", "model_id": model_id, "threat": threat or None, "dataset": dataset}
 
 
-def _split_robustbench(name: str) -> tuple[str, str | None]:
-    model_id = name.removeprefix("RB_")
-    for threat in THREATS:
-        if model_id.endswith(f"_{threat}"):
-            return model_id.removesuffix(f"_{threat}"), threat
-    return model_id, None
-
-
-def _from_own_function(function: str, checkpoint: str | None) -> Loaded:
-    """The network of the user's function; with `checkpoint`, these weights in it, and called as its spec says."""
-    source = {"arch": "function", "function": function}
-    if checkpoint is None:
-        return Loaded(build_own_function(function), source, {})
-    content = load_tensors(Path(checkpoint))
-    spec = _spec_in(content) or {}
-    spec = (spec if spec.get("arch") == "function" else {}) | source
-    model = _rebuild_own(function, spec)
-    _load_weights(model, state_dict_of(content))
-    return Loaded(model, spec, _about(content))
-
-
-def _from_file(path: Path, dataset: str, act: str | None = None, arch: str | None = None) -> Loaded:
+def _from_file(
+    path: Path, dataset: str, act: str | None = None, arch: str | None = None, function: str | None = None
+) -> Loaded:
+    """The network of a checkpoint or plain state dict; `function`: what makes it, called as the checkpoint's spec says."""
     content = load_tensors(path)
-    state = state_dict_of(content)
-    spec = _spec_in(content)
-    if spec:
-        if spec.get("arch") == "function":
-            raise ValueError(
-                f"its network comes from {spec['function']}; name both: --model_name='{spec['function']}@{path}'"
-            )
-        if act and act != spec.get("act", act):
-            raise ValueError(f"it was trained with --act={spec['act']}, not {act}")
-    else:
+    state, spec = state_dict_of(content), _spec_in(content)
+    if function:
+        spec = (spec if spec.get("arch") == "function" else {}) | {"arch": "function", "function": function}
+    elif spec.get("arch") == "function":
+        raise ValueError(
+            f"its network comes from {spec['function']}; name both: --model_name='{spec['function']}@{path}'"
+        )
+    elif not spec:
         spec = _spec_of_plain_file(path, state, dataset, act, arch)
+    elif act and act != spec.get("act", act):
+        raise ValueError(f"it was trained with --act={spec['act']}, not {act}")
     if arch and arch != spec.get("arch"):
         raise ValueError(f"its network is {spec.get('arch')}; leave --arch={arch} out")
-    model = build_known(**spec)
-    network = find_network(spec["arch"])
-    _load_weights(model, network.clean(state) if network else state)
+    model = rebuild(spec, function)
+    _load_weights(model, state)
     return Loaded(model, spec, _about(content))
 
 
-def _spec_in(content: Any) -> Spec | None:
+def _spec_in(content: Any) -> Spec:
     found = content.get("spec") if isinstance(content, dict) else None
-    return dict(found) if isinstance(found, dict) else None
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def _about(content: Any) -> dict[str, Any]:
-    return {
-        key: content[key]
-        for key in ("dataset", "image_size", "epoch", "threats")
-        if isinstance(content, dict) and key in content
-    }
+    keys = ("dataset", "image_size", "epoch", "threats") if isinstance(content, dict) else ()
+    return {key: content[key] for key in keys if key in content}
 
 
 def _spec_of_plain_file(path: Path, state: StateDict, dataset: str, act: str | None, arch: str | None) -> Spec:
@@ -137,11 +118,11 @@ def _spec_of_plain_file(path: Path, state: StateDict, dataset: str, act: str | N
     """
     told = dict(re.findall(r"(act|fts)=([\w.-]+)", f"{path.parent.name} {path.name}"))
     if not arch and told.get("fts", "").startswith("RB_"):
-        model_id, threat = _split_robustbench(told["fts"])
-        return {"arch": "robustbench", "model_id": model_id, "threat": threat or "Linf", "dataset": dataset}
+        spec = _robustbench_spec(told["fts"], dataset)
+        return spec | {"threat": spec["threat"] or "Linf"}
     for network in NETWORKS.values():
-        if spec := network.recognise(state):
-            return spec | {"act": act or told.get("act") or network.act}
+        if found := network.recognise(state):
+            return found | {"act": act or told.get("act") or network.act}
     raise ValueError(
         f"it is a checkpoint of another network than {' and '.join(NETWORKS)}; take RobustBench's as RB_{{id}}, "
         "build others with FILE.py:FUNCTION@CHECKPOINT"
@@ -151,16 +132,12 @@ def _spec_of_plain_file(path: Path, state: StateDict, dataset: str, act: str | N
 def _load_weights(model: nn.Module, state: StateDict) -> None:
     own = model.state_dict()
     # PyTorch before 0.4.1 did not count BatchNorm's batches, and nothing here asks for the number.
-    state = {name: count for name, count in own.items() if name.endswith("num_batches_tracked")} | state
-    odd = [
-        name
-        for name in sorted(own.keys() | state.keys())
-        if name not in own or name not in state or own[name].shape != state[name].shape
-    ]
-    if odd:
-        raise ValueError(
-            f"it is a checkpoint of another network: {len(odd)} of {len(own)} names or shapes differ, the first {odd[0]}"
-        )
+    counts = {name: count for name, count in own.items() if name.endswith("num_batches_tracked")}
+    state = counts | {name: tensor for name, tensor in state.items() if name in own or not name.startswith(UNUSED)}
+    shapes, expected = ({name: each.shape for name, each in both.items()} for both in (state, own))
+    if odd := sorted({name for name, _ in shapes.items() ^ expected.items()}):
+        differ = f"{len(odd)} of {len(own)} names or shapes differ, the first {odd[0]}"
+        raise ValueError(f"it is a checkpoint of another network: {differ}")
     model.load_state_dict(state)
 
 
@@ -172,9 +149,8 @@ def _find_file(name: str, model_dir: Path) -> Path:
             return path
     if Path(name).is_dir():
         found = sorted(Path(name).glob("*.pth"), key=lambda path: path.stat().st_mtime)
-        raise ValueError(
-            f"{name} is a folder; name a checkpoint in it" + (f", such as {found[-1]}" if found else ", it has none")
-        )
+        such = f", such as {found[-1]}" if found else ", it has none"
+        raise ValueError(f"{name} is a folder; name a checkpoint in it{such}")
     if re.fullmatch(r"pretr_(Linf|L2|L1)\.pth", file_name):
         download_authors_file(file_name, model_dir)
         return model_dir / file_name
@@ -200,22 +176,25 @@ def download_authors_file(file_name: str, model_dir: Path) -> None:
 
 def check_one_point(model: nn.Module, shape: tuple[int, int, int]) -> None:
     """Raises ValueError unless the model can be trained on a single image of `shape` (C, H, W): some BatchNorms can't."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with torch.no_grad():
-            copy.deepcopy(model).train()(torch.full((1, *shape), 0.5, device=device))
+            copy.deepcopy(model).train()(_grey_image(model, shape))
     except ValueError as error:
         raise ValueError(f"the network can't learn from a single image: {error}") from error
 
 
 def check_fits(model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
     """Raises ValueError unless the model takes one image of `shape` (C, H, W) and gives (1, num_classes) logits."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with torch.no_grad():
-            logits = model(torch.full((1, *shape), 0.5, device=device))
+            logits = model(_grey_image(model, shape))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"the network does not take images of shape {shape}: {str(error).splitlines()[0]}") from error
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the network must give logits of shape (B, {num_classes}), it gave {got} for one image")
+
+
+def _grey_image(model: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.full((1, *shape), 0.5, device=device)

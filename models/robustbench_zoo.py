@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import difflib
 import importlib.util
 import shutil
 import sys
@@ -46,12 +46,13 @@ def load_robustbench(model_id: str, threat: str | None, dataset: str, model_dir:
                 for file in (Path(part) / dataset / threat).glob("*"):
                     shutil.move(file, place / file.name)
         except Exception as error:
-            ids = _models(dataset, threat)[model_id].get("gdrive_id")
-            # Without an address here the weights come through timm or torchvision, which keep them in a cache of their own.
-            browser = f"; get https://drive.google.com/uc?id={ids} in a browser and save it as {place / model_id}.pt"
-            raise ValueError(
-                f"{model_id} could not be downloaded ({_first_line(error)}){browser if ids else ''}"
-            ) from error
+            # Without an address the weights come through timm or torchvision, which keep them in a cache of their own.
+            address = _models(dataset, threat)[model_id].get("gdrive_id")
+            browser = (
+                f"; get https://drive.google.com/uc?id={address} in a browser and save it as {place / model_id}.pt"
+            )
+            problem = f"{model_id} could not be downloaded ({_first_line(error)})"
+            raise ValueError(problem + (browser if address else "")) from error
     return model, threat
 
 
@@ -85,14 +86,10 @@ def _find(model_id: str, threat: str | None, dataset: str) -> str:
     for candidate in [threat] if threat else THREATS:
         if model_id in _models(dataset, candidate):
             return candidate
-    import difflib
-
     known = sorted({name for candidate in THREATS for name in _models(dataset, candidate)})
     near = difflib.get_close_matches(model_id, known, n=3, cutoff=0.4)
-    raise ValueError(
-        f"RobustBench has no {dataset} model {model_id!r} for {threat or ' or '.join(THREATS)}"
-        + (f"; did you mean {' or '.join('RB_' + name for name in near)}?" if near else "")
-    )
+    advice = f"; did you mean {' or '.join('RB_' + name for name in near)}?" if near else ""
+    raise ValueError(f"RobustBench has no {dataset} model {model_id!r} for {threat or ' or '.join(THREATS)}{advice}")
 
 
 def _models(dataset: str, threat: str) -> dict[str, Any]:

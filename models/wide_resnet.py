@@ -18,26 +18,15 @@ from models.layers import ACTIVATIONS, PreActBlock, normalise
 from models.networks import Network, Spec, StateDict, register_network
 
 
-def depth_and_width(arch: str) -> tuple[int, int]:
-    """What `wide-resnet-DEPTH-WIDTH` says, as (28, 10). Raises ValueError unless both are numbers below 1000 and the depth is 6n + 4."""
-    found = re.fullmatch("wide-resnet-([1-9][0-9]{0,2})-([1-9][0-9]{0,2})", arch)
-    if not found:
-        raise ValueError(f"{arch!r} is no wide-resnet-DEPTH-WIDTH, such as wide-resnet-28-10")
-    depth, width = int(found[1]), int(found[2])
-    if depth < 10 or depth % 6 != 4:
-        raise ValueError(
-            f"the depth of a wide residual network is 6n + 4 (10, 16, 22, 28, 34, ...), that of {arch} is not"
-        )
-    return depth, width
-
-
 class WideResNet(nn.Module):
     """(B, C, H, W) in [0, 1] -> logits (B, num_classes), any H and W; stages of 16, 32, 64 times `widen` channels, (depth - 4) / 6 blocks.
 
-    Activations other than ReLU take its place everywhere.
+    Activations other than ReLU take its place everywhere. Raises ValueError unless the depth is 6n + 4.
     """
 
     def __init__(self, depth: int, widen: int, num_classes: int = 10, in_channels: int = 3, act: str = "relu") -> None:
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"the depth of a wide residual network is 6n + 4 (10, 16, 22, 28, 34, ...), not {depth}")
         super().__init__()
         self.act = ACTIVATIONS[act]
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
@@ -73,11 +62,6 @@ def _recognise(state: StateDict) -> Spec | None:
     return {"arch": arch, "num_classes": len(state["fc.weight"]), "in_channels": state["conv1.weight"].shape[1]}
 
 
-def _without_unused_block(state: StateDict) -> StateDict:
-    """Many published state dicts have a block beside block1 that no pass goes through."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith("sub_block1.")}
-
-
 register_network(
     Network(
         name="wide-resnet-DEPTH-WIDTH",
@@ -85,7 +69,5 @@ register_network(
         build=WideResNet,
         recognise=_recognise,
         small={"arch": "wide-resnet-10-1"},
-        sizes=depth_and_width,
-        clean=_without_unused_block,
     )
 )

@@ -48,7 +48,6 @@ TOY = Network(
     recognise=recognise_toy,
     small={"arch": "toy-8"},
     finetune_lr=0.02,
-    sizes=lambda arch: (int(arch.removeprefix("toy-")),),
 )
 
 

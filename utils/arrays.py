@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import struct
 import zipfile
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 
 
-def is_npz(path: Path) -> bool:
-    """Does the file begin as an npz does? Raises OSError."""
+def load_arrays(path: Path, npz_names: list[str], pickle_names: list[str]) -> list[np.ndarray]:
+    """The arrays of these names in a file, which is an npz or a pickle by its first bytes. Raises ValueError, OSError."""
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        is_npz = file.read(2) == b"PK"
+    return mmap_npz(path, *npz_names) if is_npz else load_pickled_arrays(path, *pickle_names)
 
 
 def mmap_npz(path: Path, *names: str) -> list[np.ndarray]:
@@ -26,12 +26,13 @@ def mmap_npz(path: Path, *names: str) -> list[np.ndarray]:
 
     Raises ValueError for one that is missing, compressed, of Python objects or damaged; OSError.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    except Exception as error:  # whatever the parser raises, the file is what is wrong
-        raise ValueError(f"{path} is not an npz file, or is damaged: {error}") from error
-    return [_mmap_member(path, _entry(members, name, path)) for name in names]
+    with path.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except Exception as error:  # whatever the parser raises, the file is what is wrong
+            raise ValueError(f"{path} is not an npz file, or is damaged: {error}") from error
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        return [_mmap_member(path, file, archive, _entry(members, name, path)) for name in names]
 
 
 def load_pickled_arrays(path: Path, *names: str) -> list[np.ndarray]:
@@ -48,7 +49,7 @@ def load_pickled_arrays(path: Path, *names: str) -> list[np.ndarray]:
         raise ValueError(f"{path} holds no dictionary of arrays")
     found = {name: _entry(content, name, path) for name in names}
     for name, value in found.items():
-        if not isinstance(value, _PickledArray) or value.array is None:
+        if not isinstance(value, _Array) or value.array is None:
             raise ValueError(f"{name!r} in {path} is not an array")
     return [value.array for value in found.values()]
 
@@ -59,38 +60,30 @@ def _entry(content: dict[str, Any], name: str, path: Path) -> Any:
     return content[name]
 
 
-def _mmap_member(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
+def _mmap_member(path: Path, file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    where = f"{member.filename} in {path}"
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
         raise ValueError(
-            f"{member.filename} in {path} is compressed and can't be memory-mapped; "
+            f"{where} is compressed and can't be memory-mapped; "
             f"make an uncompressed copy: unzip {quote(str(path))} -d plain && (cd plain && zip -0 ../plain.npz *.npy)"
         )
     try:
-        with path.open("rb") as file:
-            # A member has a header of its own, whose fields may be longer than the zip's directory says.
-            file.seek(member.header_offset)
-            signature, *lengths = struct.unpack("<4s22xHH", file.read(30))
-            if signature != b"PK\3\4":
-                raise ValueError("no header where the directory says")
-            start = file.seek(sum(lengths), 1)
-            read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
-            shape, fortran_order, dtype = read_header(file)
-            offset = file.tell()
+        with archive.open(member):  # reads its header in the file, which may be longer than the zip's directory says
+            start = file.tell()
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+        shape, fortran_order, dtype = read_header(file)
+        offset = file.tell()
     except Exception as error:  # numpy's parser of headers raises many kinds
-        raise ValueError(f"{member.filename} in {path} is not an array, or is damaged: {error}") from error
+        raise ValueError(f"{where} is not an array, or is damaged: {error}") from error
     if dtype.hasobject:
-        raise ValueError(f"{member.filename} in {path} holds Python objects; loading them could run code")
+        raise ValueError(f"{where} holds Python objects; loading them could run code")
     if min(shape, default=1) < 0 or offset - start + math.prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{member.filename} in {path} is damaged: {shape} entries of {dtype} don't fit its size")
+        raise ValueError(f"{where} is damaged: {shape} entries of {dtype} don't fit its size")
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
 
 
-# What numpy pickles an array by is replaced by the stand-ins below: with numpy's own functions a hostile dtype makes them take
-# numbers for addresses.
-
-
-class _PickledDtype:
-    """A dtype of plain numbers."""
+class _Dtype:
+    """Stands in for numpy.dtype, of plain numbers: with numpy's own a hostile state makes it take numbers for addresses."""
 
     def __init__(self, code: str, *_: object) -> None:
         if not re.fullmatch("[biuf][1248]", code):
@@ -101,8 +94,8 @@ class _PickledDtype:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _PickledArray:
-    """An array, without content until __setstate__ is called."""
+class _Array:
+    """Stands in for numpy.ndarray; `array` is None until __setstate__ or `from_buffer` gives it content."""
 
     array: Any = None
 
@@ -111,42 +104,36 @@ class _PickledArray:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran_order, content = state
-        self.array = _from_buffer(content, dtype, shape, "F" if fortran_order else "C").array
+        self.array = _Array.from_buffer(content, dtype, shape, "F" if fortran_order else "C").array
 
-
-def _from_buffer(
-    content: Any, dtype: _PickledDtype, shape: tuple[int, ...], order: Any, axes: tuple[int, ...] | None = None
-) -> _PickledArray:
-    made = _PickledArray()
-    flat = np.frombuffer(_encode(content) if isinstance(content, str) else content, dtype.dtype)
-    made.array = flat.reshape(shape, order="C").transpose(axes) if order == "K" else flat.reshape(shape, order=order)
-    return made
-
-
-def _scalar(dtype: _PickledDtype, content: Any) -> Any:
-    return _from_buffer(content, dtype, (), "C").array[()]
+    @classmethod
+    def from_buffer(cls, content: Any, dtype: _Dtype, shape: Any, order: Any, axes: Any = None) -> _Array:
+        flat, made = np.frombuffer(_encode(content) if isinstance(content, str) else content, dtype.dtype), cls()
+        made.array = (
+            flat.reshape(shape, order="C").transpose(axes) if order == "K" else flat.reshape(shape, order=order)
+        )
+        return made
 
 
 def _encode(text: str, *_: object) -> bytes:
-    """Protocols up to 2 write bytes as the argument of this function."""
     return text.encode("latin1")
 
 
-_STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("numpy", "ndarray"): _PickledArray,
-    ("numpy", "dtype"): _PickledDtype,
-    ("_codecs", "encode"): _encode,
+_KNOWN: dict[str, Any] = {  # the names by which numpy 1 and 2 pickle arrays
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": lambda dtype, content: _Array.from_buffer(content, dtype, (), "C").array[()],
+    "numpy.core.numeric._frombuffer": _Array.from_buffer,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _encode,  # protocols up to 2 write bytes as its argument
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that knows the stand-ins and refuses all else."""
+    """Knows these names and refuses all else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        key = module.replace("numpy._core.", "numpy.core."), name  # the names of numpy 2 and 1
-        if key not in _STAND_INS:
+        known = _KNOWN.get(f"{module.replace('numpy._core.', 'numpy.core.')}.{name}")
+        if known is None:
             raise ValueError(f"it asks for {module}.{name}, which is refused because it could run code")
-        return _STAND_INS[key]
+        return known

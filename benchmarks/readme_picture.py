@@ -1,4 +1,4 @@
-"""python docs/readme_picture.py: docs/readme.png, from the tables of README (CIFAR-10) and docs/schemes/digits.jsonl."""
+"""python benchmarks/readme_picture.py: docs/readme.png, from the tables of README (CIFAR-10) and docs/schemes/digits.jsonl."""
 
 import json
 from collections import defaultdict
@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 NORMS = ["Linf 8/255", "L2 0.5", "L1 12", "union"]
 START, TUNED = [34, 51, 16, 16], [30, 50, 39, 30]  # per cent of the first 100 test images
 SHOWN = ["eat", "sat", "avg", "max", "msd", "ramp"]
@@ -41,7 +41,7 @@ left.set_title("CIFAR-10: from one norm to all, 100 test images, 95 % interval",
 left.legend(frameon=False, loc="upper right", ncols=2, fontsize=9)
 
 cost, union = defaultdict(list), defaultdict(list)
-for line in (HERE / "schemes" / "digits.jsonl").read_text().splitlines():
+for line in (DOCS / "schemes" / "digits.jsonl").read_text().splitlines():
     row = json.loads(line)
     name, flags = row["scheme"], row["train"]
     if name in SHOWN and row["epochs"] == 30 and flags[-1] == f"--multinorm={name}":
@@ -56,4 +56,4 @@ right.set_ylim(31, 52)
 right.set_xlabel("network passes per training image, forward + backward")
 right.set_ylabel("union (%)")
 right.set_title("Digits from scratch: six schemes, 5 seeds each", fontsize=10)
-fig.savefig(HERE / "readme.png", dpi=110)
+fig.savefig(DOCS / "readme.png", dpi=110)
