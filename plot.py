@@ -17,7 +17,7 @@ import utils.installed  # noqa: F401
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Curve:
     row: str
     points: dict[int, float]
     kind: str = ""  # one of KINDS, in accuracy panels
-    band: list[dict[int, float]] = field(default_factory=list)  # lower and upper ends of 95 % intervals
+    band: Sequence[dict[int, float]] = ()  # lower and upper ends of 95 % intervals
 
 
 @dataclass(frozen=True)
