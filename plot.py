@@ -17,7 +17,7 @@ import utils.installed  # noqa: F401
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Curve:
     row: str
     points: dict[int, float]
     kind: str = ""  # one of KINDS, in accuracy panels
-    band: list[dict[int, float]] = field(default_factory=list)  # lower and upper ends of 95 % intervals
+    band: Sequence[dict[int, float]] = ()  # lower and upper ends of 95 % intervals
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,6 @@ class Point:
     setting: str
     bound: bool  # its union is an upper bound
     averaged: bool  # EMA
-
-    @property
-    def place(self) -> tuple[float, float]:
-        return self.rows["clean"]["accuracy"], self.rows["union"]["accuracy"]
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -173,15 +169,13 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else len(order))
 
 
-def curves(runs: Sequence[Run]) -> Iterator[Curve]:
-    """Every line of the first picture that has points: those of PANELS, then one of each of KINDS for each row."""
+def curves(runs: Sequence[Run]) -> dict[str, list[Curve]]:
+    """The lines of each panel of the first picture that has any, in the order of the panels."""
+    found: dict[str, list[Curve]] = {}
     for number, run in enumerate(runs):
-        yield from training_curves(number, run)
-        for kind, (name, split, _) in KINDS.items():
-            for row in in_order(chain(*series(run, name, split).values())):
-                points, *band = (series(run, name, split, row, key) for key in ("accuracy", "low", "high"))
-                if points:
-                    yield Curve(number, row, row, points, kind, band)
+        for curve in (*training_curves(number, run), *accuracy_curves(number, run)):
+            found.setdefault(curve.panel, []).append(curve)
+    return {panel: found[panel] for panel in in_order(found)}
 
 
 def training_curves(number: int, run: Run) -> Iterator[Curve]:
@@ -200,6 +194,15 @@ def training_curves(number: int, run: Run) -> Iterator[Curve]:
                 yield Curve(number, panel, row, points)
 
 
+def accuracy_curves(number: int, run: Run) -> Iterator[Curve]:
+    """One of each of KINDS for each row of the quick evaluations."""
+    for kind, (name, split, _) in KINDS.items():
+        for row in dict.fromkeys(chain(*series(run, name, split).values())):
+            points, *band = (series(run, name, split, row, key) for key in ("accuracy", "low", "high"))
+            if points:
+                yield Curve(number, row, row, points, kind, band)
+
+
 def colours(number: int) -> list[Any]:
     """So many, all different."""
     viridis = matplotlib.colormaps["viridis"]
@@ -213,34 +216,30 @@ def handle(label: str, **look: Any) -> Line2D:
 
 def draw_training(runs: Sequence[Run]) -> Figure:
     """Panels over epochs. Colours are runs and markers norms; of a single run, colours are norms too."""
-    drawn = list(curves(runs))
-    both = [curve for curve in drawn if not curve.kind], [curve for curve in drawn if curve.kind]
-    groups = [group for group in both if group]
-    heights = [0.5 + 2 * math.ceil(len({curve.panel for curve in group}) / 3) for group in groups]
+    panels = curves(runs)
+    training = [name for name in panels if name in PANELS]
+    groups = [names for names in (training, list(panels)[len(training) :]) if names]
+    heights = [0.5 + 2 * math.ceil(len(names) / 3) for names in groups]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     shades = colours(len(runs)) if len(runs) > 1 else []
-    for part, group in zip(parts, groups, strict=True):
-        draw_group(part, group, shades)
-        draw_legend(part, group, shades, runs if group is groups[0] else [])
-    epochs = [epoch for curve in drawn for epoch in curve.points]
+    for part, names in zip(parts, groups, strict=True):
+        for axes, name in zip_longest(part.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat, names):
+            draw_panel(axes, panels.get(name, []), shades)
+        drawn = [curve for name in names for curve in panels[name]]
+        draw_legend(part, drawn, shades, runs if names is groups[0] else [])
+    epochs = list(chain(*(curve.points for curve in chain(*panels.values()))))
     for axes in figure.axes:
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     return figure
 
 
-def draw_group(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
-    """Their panels, three in a row."""
-    names = in_order(curve.panel for curve in drawn)
-    for axes, name in zip_longest(part.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat, names):
-        if name:
-            draw_panel(axes, name, [curve for curve in drawn if curve.panel == name], shades)
-        else:
-            axes.set_axis_off()
-
-
-def draw_panel(axes: Axes, name: str, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
-    """One line a curve; without shades, one for each run, a row has its own colour, and test points a band."""
+def draw_panel(axes: Axes, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
+    """One line a curve, or nothing; without shades, one for each run, a row has its own colour, and test points a band."""
+    if not drawn:
+        axes.set_axis_off()
+        return
+    name = drawn[0].panel
     accuracy = f"accuracy, {name}" if name == "clean" else f"accuracy, {name} (upper bound)"
     title, label = (name, PANELS[name][0]) if name in PANELS else (accuracy, "accuracy (%)")
     axes.set(title=title, xlabel="epoch", ylabel=label)
@@ -312,8 +311,9 @@ def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes, shades = figure.subplots(), colours(number)
     settings = list(dict.fromkeys(point.setting for point in found))
-    for point in found:
-        (x, y), colour, clean, union = point.place, shades[point.run], point.rows["clean"], point.rows["union"]
+    places = [(point.rows["clean"]["accuracy"], point.rows["union"]["accuracy"]) for point in found]
+    for point, (x, y) in zip(found, places, strict=True):
+        colour, clean, union = shades[point.run], point.rows["clean"], point.rows["union"]
         axes.hlines(y, clean["low"], clean["high"], colour, linewidth=0.8, alpha=0.5)
         axes.vlines(x, union["low"], union["high"], colour, linewidth=0.8, alpha=0.5)
         inside = "white" if point.bound else colour
@@ -322,11 +322,10 @@ def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
     axes.set_title(settings[0] if len(settings) == 1 else "settings differ: not comparable")
     figure.legend(handles=tradeoff_handles(found), loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # from here on places in pixels are known
-    places = axes.transData.transform([point.place for point in found])
-    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in places]
-    for point in found:
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(places)]
+    for point, place in zip(found, places, strict=True):
         text = point.label if len(settings) == 1 else f"{point.label}\n{point.setting}"
-        taken.append(write_beside(axes, point.place, text, shades[point.run], taken))
+        taken.append(write_beside(axes, place, text, shades[point.run], taken))
     return figure
 
 

@@ -59,9 +59,9 @@ def load_model(name: str, model_dir: str, dataset: str, act: str | None = None, 
 
 
 def rebuild(spec: Spec, name: str | None) -> nn.Module:
-    """The network that a spec tells, without its weights. One that a function of the user's makes has to be what `name`, FILE.py:FUNCTION
+    """The network that a spec tells, without its weights. Raises ValueError.
 
-    or FILE.py:FUNCTION@CHECKPOINT, says: a checkpoint alone never runs code. Raises ValueError.
+    One that a function of the user's makes has to be what `name`, FILE.py:FUNCTION[@CHECKPOINT], says: a checkpoint alone never runs code.
     """
     if spec.get("arch") != "function":
         return build_known(**spec)
@@ -74,8 +74,9 @@ def rebuild(spec: Spec, name: str | None) -> nn.Module:
 
 def _robustbench_spec(name: str, dataset: str) -> Spec:
     """What RB_{id} or RB_{id}_{Linf,L2} means; `threat` is None for the first."""
-    model_id, threat = re.findall(f"^RB_(.*?)(?:_({'|'.join(THREATS)}))?$", name)[0]
-    return {"arch": "robustbench", "model_id": model_id, "threat": threat or None, "dataset": dataset}
+    threat = next((threat for threat in THREATS if name.endswith(f"_{threat}")), None)
+    model_id = name.removeprefix("RB_").removesuffix(f"_{threat}")
+    return {"arch": "robustbench", "model_id": model_id, "threat": threat, "dataset": dataset}
 
 
 def _from_file(
@@ -87,9 +88,8 @@ def _from_file(
     if function:
         spec = (spec if spec.get("arch") == "function" else {}) | {"arch": "function", "function": function}
     elif spec.get("arch") == "function":
-        raise ValueError(
-            f"its network comes from {spec['function']}; name both: --model_name='{spec['function']}@{path}'"
-        )
+        own = spec["function"]
+        raise ValueError(f"its network comes from {own}; name both: --model_name='{own}@{path}'")
     elif not spec:
         spec = _spec_of_plain_file(path, state, dataset, act, arch)
     elif act and act != spec.get("act", act):
