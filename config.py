@@ -7,9 +7,9 @@ the paper used (tables below), `completed` what is known only when the network a
 from __future__ import annotations
 
 import json
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -358,11 +358,9 @@ def check_processes(config: TrainConfig, world_size: int) -> None:
         raise UsageError("--n_ex_train", f"{world_size} processes need two images each, got {config.n_ex_train}")
     least = 2 * world_size * config.accumulate
     if least > 2 and config.batch_size < least:
-        raise UsageError(
-            "--batch_size",
-            f"{world_size} processes with --accumulate={config.accumulate} need two images for each micro-batch, "
-            f"{least} in all; got {config.batch_size}",
-        )
+        processes = f"{world_size} processes with " if world_size > 1 else ""
+        need = f"{processes}--accumulate={config.accumulate} needs two images for each micro-batch, {least} in all"
+        raise UsageError("--batch_size", f"{need}; got {config.batch_size}")
 
 
 def checked_eval(config: EvalConfig) -> EvalConfig:
@@ -413,19 +411,34 @@ def loaded_facts(spec: Spec, dataset: Dataset) -> dict[str, Any]:
 
 
 def config_from_json(content: Mapping[str, Any], folder: Path) -> TrainConfig:
-    """The configuration that `config_json` wrote. Raises ValueError if another version did."""
+    """The configuration that `config_json` wrote. Raises ValueError if another version did, or for values that no flag takes."""
     names = {each.name for each in fields(TrainConfig)} - {"scheme_options"}
     if not {*names, "asked"} <= content.keys():
-        raise ValueError(f"{folder / 'config.json'} was written by another version of train.py")
-    return TrainConfig(
-        **{name: _value(content[name]) for name in names},
-        scheme_options={name: content[name] for name in _options() if name in content},
-    )
+        old = "was written by another version of train.py; fine-tune from its last checkpoint with --model_name"
+        raise ValueError(f"{folder / 'config.json'} {old}")
+    try:
+        values = {each.name: _value(each, content[each.name]) for each in fields(TrainConfig) if each.name in names}
+        options = {name: natural_float(str(content[name])) for name in _options() if name in content}
+    except (ValueError, ArgumentTypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return TrainConfig(**values, scheme_options=options)
 
 
-def _value(content: Any) -> Any:
-    """JSON has lists where a configuration has tuples."""
-    return tuple(content) if isinstance(content, list) else content
+def _value(flag: Field[Any], content: Any) -> Any:
+    """A value of JSON, as the flag would read it from a command line. Raises ValueError or ArgumentTypeError."""
+    kind, choices = flag.metadata.get("type"), flag.metadata.get("choices")
+    if content is None or isinstance(flag.default, bool):
+        value = content
+    else:
+        text = " ".join(map(str, content)) if isinstance(content, list) else str(content)
+        value = kind(text) if kind else text
+    if (choices and value is not None and value not in choices) or (
+        flag.default is False and not isinstance(value, bool)
+    ):
+        raise ValueError(
+            f"{flag.name} is {content!r}, which is unknown here (a file of yours that registers it has to be run?)"
+        )
+    return value
 
 
 def resumed(saved: TrainConfig, asked: Mapping[str, Any], folder: Path) -> TrainConfig:
@@ -437,7 +450,9 @@ def resumed(saved: TrainConfig, asked: Mapping[str, Any], folder: Path) -> Train
         code = getattr(saved, name)
         if code and split_own_function(code) and asked.get(name) != code:
             raise ValueError(f"its network is made by code, name that again: --{name}='{code}'")
-    different = [name for name in asked if name not in RESUMABLE and asked[name] != getattr(saved, name)]
+    new = {**asked, **asked.get("scheme_options", {})}
+    before = {**vars(saved), **saved.scheme_options}
+    different = [name for name in new if name not in ("scheme_options", *RESUMABLE) and new[name] != before.get(name)]
     if different:
         raise ValueError(f"{folder} was started with another {', '.join(different)}: leave it as it was")
     return replace(saved, **asked)

@@ -161,7 +161,7 @@ def finish(
     for warning in result.warnings:
         print(f"WARNING: {warning}")
     passes = sum(sum(about["forward_passes"]) for about in content["norms"].values())
-    print(f"{seconds:.0f} s; the attacks judged {passes} images")
+    print(f"{seconds:.0f} s; {passes} forward passes of the attacks")
 
 
 def check_baseline(baseline: dict[str, Any], config: EvalConfig) -> None:

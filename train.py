@@ -149,7 +149,9 @@ def train(trainer: Trainer) -> None:
 
 def train_or_say_how_to_resume(trainer: Trainer) -> None:
     """`train`; ends with 143 or 130 after SIGTERM or SIGINT, with 1 and a line that says why if training can't go on."""
-    program = "torchrun ... train.py" if trainer.process.world_size > 1 else "python train.py"
+    script = Path(sys.argv[0]).name  # train.py, or one's own file that registers a scheme and calls main
+    script = script if script.endswith(".py") and script != "__main__.py" else "train.py"
+    program = f"torchrun ... {script}" if trainer.process.world_size > 1 else f"python {script}"
     how = f"go on with: {program} --resume={trainer.folder}"
     try:
         if trainer.epoch == trainer.step == 0:

@@ -131,7 +131,12 @@ SCHEMES: dict[str, type[Scheme]] = {}
 
 
 def register(scheme: type[Scheme]) -> type[Scheme]:
-    """Class decorator: makes the scheme a value of --multinorm, its options flags, and puts it into the tests of all schemes."""
+    """Class decorator: makes the scheme a value of --multinorm, its options flags, and puts it into the tests of all schemes.
+
+    Raises ValueError if another scheme has this name.
+    """
+    if SCHEMES.get(scheme.name, scheme).__qualname__ != scheme.__qualname__:
+        raise ValueError(f"there is a scheme called {scheme.name!r} already")
     SCHEMES[scheme.name] = scheme
     return scheme
 

@@ -59,7 +59,10 @@ def robust_accuracy(
 
 
 def rank_classes(network: Network, examples: Examples, index: Tensor) -> tuple[Tensor, list[str]]:
-    """Each example's classes by falling logit at the clean image, (N, K) int16, the rows `index` filled; what is wrong with the network."""
+    """Each example's classes by falling logit at the clean image, (N, K) int16, the rows `index` filled; what is wrong with the network.
+
+    Raises ValueError for labels that are none of its classes.
+    """
     ranking = torch.zeros(len(examples), 0, dtype=torch.int16)
     found: list[str] = []
     for number, part in enumerate(index.split(network.batch_size)):
@@ -67,6 +70,8 @@ def rank_classes(network: Network, examples: Examples, index: Tensor) -> tuple[T
         with torch.no_grad():
             logits = network.model(x).float().cpu()
         if number == 0:
+            if int(examples.y.min()) < 0 or int(examples.y.max()) >= logits.shape[1]:
+                raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, one of the network's classes")
             ranking = torch.zeros(len(examples), logits.shape[1], dtype=torch.int16)
             if len(part):  # with more processes than examples, some have none
                 found = network_warnings(network.model, x[:100], examples.y[part[:100]].to(network.device))

@@ -95,11 +95,11 @@ def _classes(outcomes: dict[str, list[int]], labels: Sequence[int], class_names:
     for i, (name, values) in enumerate(outcomes.items()):
         heights = [100 * np.mean(np.array(values)[y == k]) if counts[k] else np.nan for k in places]
         axes.bar(places + i * width, heights, width, label=name, color=_colour(name))
-    names = [f"{name}\n{n} points" for name, n in zip(class_names, counts, strict=True)]
+    names = [f"{name}\n{n} images" for name, n in zip(class_names, counts, strict=True)]
     axes.set_xticks(places + 0.4 - width / 2, names)
     axes.set(ylabel="accuracy (%)", ylim=(0, 100))
     axes.legend(ncols=len(outcomes), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-    return _picture(figure, "Accuracy of each class", "Bars of classes with few points mean little.")
+    return _picture(figure, "Accuracy of each class", "Bars of classes with few images mean little.")
 
 
 def _curve(curve: dict[str, list[list[float]]]) -> dict[str, str]:

@@ -54,7 +54,7 @@ def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str
         n = len(ours[name])
         if len(theirs[name]) != n:
             raise ValueError(
-                f"it has {len(theirs[name])} points, this evaluation {n}: a paired difference needs the same"
+                f"it has {len(theirs[name])} images, this evaluation {n}: a paired difference needs the same"
             )
         difference = np.array(ours[name], float) - np.array(theirs[name], float)
         half = 1.96 * float(np.std(difference, ddof=1)) / n**0.5 if n > 1 else 1.0
@@ -79,5 +79,5 @@ def robustbench_fields(content: dict[str, Any], norm: str) -> dict[str, Any]:
         "eps": f"{levels:.0f}/255" if in_levels else f"{eps:g}",
         "clean_acc": f"{accuracy['clean']['accuracy']:.2f}",
         "autoattack_acc": robust if full else None,
-        "footnote": f"{settings['n_ex']} test points{other}",
+        "footnote": f"{settings['n_ex']} test images{other}",
     }

@@ -136,3 +136,33 @@ def test_flags_of_both_scripts_are_stated_once() -> None:
     for each in (TrainConfig, EvalConfig):
         assert not shared & set(each.__annotations__)
         assert shared <= set(each.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("epochs", "three", "whole number"),
+        ("lr_max", "fast", "fraction"),
+        ("batch_size", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("accumulate", 1.5, "whole number"),
+        ("multinorm", "nope", "multinorm is 'nope'"),
+        ("dataset", "mnist", "dataset is 'mnist'"),
+        ("amp", "x", "amp is 'x'"),
+        ("l_eps", ["x"], "fraction"),
+        ("finetune_model", "yes", "finetune_model is 'yes'"),
+        ("ramp_lambda", -3, "at least 0"),
+    ],
+)
+def test_config_json_edited_by_hand_is_read_as_the_flags_are(name: str, value: Any, word: str) -> None:
+    asked = given("--attack=apgd", "--multinorm=ramp")
+    content = json.loads(json.dumps(config_json(resolved(TrainConfig(**asked)), asked, {})))
+    with pytest.raises(ValueError, match=rf"run/config.json: .*{word}"):
+        config_from_json(content | {name: value}, Path("run"))
+
+
+def test_an_option_of_a_scheme_is_part_of_the_run() -> None:
+    saved = config("--attack=apgd", "--multinorm=ramp", "--ramp_lambda=3")
+    assert resumed(saved, given("--ramp_lambda=3"), Path("run")).scheme_options == {"ramp_lambda": 3.0}
+    with pytest.raises(ValueError, match="another ramp_lambda"):
+        resumed(saved, given("--ramp_lambda=1"), Path("run"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attacks.apgd import apgd
 from attacks.msd import msd
-from attacks.multinorm import EAT, SCHEMES, RunningErrors, Scheme, make_scheme
+from attacks.multinorm import EAT, SCHEMES, RunningErrors, Scheme, make_scheme, register
 from attacks.threat import NORMS, Threat
 from training.metrics import per_threat_sums
 
@@ -94,6 +94,12 @@ def test_draws_have_their_frequencies(name: str, rights: tuple[int, ...]) -> Non
         chance = 1 / len(rights) if name == "eat-uniform" else chance
         error = (chance * (1 - chance) / n) ** 0.5
         assert abs(float((drawn == index).float().mean()) - chance) <= 4 * error
+
+
+def test_a_name_is_taken_once() -> None:
+    register(SCHEMES["eat"])
+    with pytest.raises(ValueError, match="'eat' already"):
+        register(type("Mine", (Scheme,), {"name": "eat"}))
 
 
 def test_all_robust_is_even() -> None:

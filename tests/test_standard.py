@@ -545,3 +545,10 @@ def test_robust_accuracy_agrees_with_pyautoattack_and_bf16_with_float32(norm: st
     assert 0.05 < theirs < 0.95
     assert theirs - 0.01 <= ours <= theirs + 0.005 + 1e-6
     assert abs(bf16 - ours) <= 0.005 + 1e-6
+
+
+@pytest.mark.parametrize("shift", [20, -20, 1])
+def test_labels_that_are_no_class_are_refused(shift: int, network: nn.Module) -> None:
+    one = digits(20)
+    with pytest.raises(ValueError, match="labels must be from 0 to 9"):
+        robust_accuracy(network, one.x(torch.arange(20)), one.y + shift, THREATS, AttackPlan(n_iter=4))

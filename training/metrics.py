@@ -120,7 +120,7 @@ def _means(loss: float, correct: float, seen: float) -> dict[str, float | None]:
     return {"loss": round(loss / seen, 4), "error": round(1 - correct / seen, 4)}
 
 
-HEADER = "each epoch: learning rate, then for each norm loss/error of its adversarial examples (- not sampled)"
+HEADER = "each epoch: its last learning rate, then for each norm loss/error of its adversarial examples (- not sampled)"
 
 
 def console_line(record: dict[str, Any], epochs: int) -> str:

@@ -140,7 +140,7 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
     """Paired differences in points of per cent with their 95 % intervals, a line each."""
-    lines = [f"difference to {other}, the same points, with 95 % interval"]
+    lines = [f"difference to {other}, the same images, with 95 % interval"]
     lines += [
         f"  {name:<26}{r['difference']:+7.2f}     [{r['low']:+6.1f}, {r['high']:+6.1f}]" for name, r in rows.items()
     ]
