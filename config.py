@@ -65,13 +65,13 @@ def networks() -> str:
 class Config:
     """Flags of both scripts."""
 
-    model_dir: str = _net("./pretrained", "folder of pretr_* and RB_* files (=)", resumable=True)
-    data_dir: str = _data("./datasets", "folder that holds or gets CIFAR's folder, or holds train/ and val/ of images (=)", resumable=True)
-    image_size: int | None = _data(None, "height and width of imagefolder's and imagenet's images, in pixels (the network's, else 224)", positive_int)
-    l_eps: tuple[float, ...] | None = _attack(None, "a radius per norm, for pixels in [0, 1]; fractions too (the data set's)", floats)
+    model_dir: str = _net("./pretrained", "folder with, or for the download of, pretr_* and RB_* checkpoints (=)", resumable=True)
+    data_dir: str = _data("./datasets", "folder with, or for the download of, CIFAR; for imagenet and imagefolder the one with train/ and val/ (=)", resumable=True)
+    image_size: int | None = _data(None, "imagenet and imagefolder: height and width of the cropped images, in pixels (the network's, else 224)", positive_int)
+    l_eps: tuple[float, ...] | None = _attack(None, "radius for each norm, for pixels in [0, 1], fractions allowed: '8/255 12' (the data set's)", floats)
     batch_size_eval: int = _eval(250, "images attacked at once in an evaluation (=)", positive_int, resumable=True)
-    amp: Amp = _run("off", "bf16 or fp16 (CUDA only): forward passes under autocast; eval.py checks in float32 what breaks (=: float32)", choices=AMPS)  # noqa: RUF009
-    seed: int = _run(0, "of weights, order, augmentation, sampled norms; in eval.py of the random starts (=)", natural_int)
+    amp: Amp = _run("off", "bf16 or fp16 (CUDA only): forward passes under autocast; eval.py verifies adversarial examples in float32 (=: float32)", choices=AMPS)  # noqa: RUF009
+    seed: int = _run(0, "random seed of initial weights, shuffling, augmentation and sampled norms; in eval.py of the random starts (=)", natural_int)
     threads: int | None = _run(None, "CPU threads (PyTorch's choice: the cores)", positive_int, resumable=True)
     device: str = _run("auto", "auto, cpu, cuda, cuda:N or mps (=: the best there is)", resumable=True)
 
@@ -81,49 +81,49 @@ class TrainConfig(Config):
     """Flags of train.py."""
 
     finetune_model: bool = _net(False, "start from --model_name instead of random weights (off)")
-    model_name: str | None = _net(None, "network to fine-tune: checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION (none)")
+    model_name: str | None = _net(None, "network to fine-tune: a checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION (none)")
     arch: str | None = _net(None, networks)
     act: str | None = _net(None, "activation (the network's own: preact-resnet18 softplus1, wide-resnet relu; or the checkpoint's)", choices=ACTIVATIONS)
     width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", positive_int)
 
     dataset: str = _data("cifar10", "data set (=)", choices=DATASETS)
     workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", positive_int, resumable=True)
-    n_ex_train: int | None = _data(None, "train on the first so many examples (all)", positive_int)
+    n_ex_train: int | None = _data(None, "train on the first N examples (all)", positive_int)
     extra_data: str | None = _data(None, "more training images: uncompressed npz with image and label, or Carmon et al.'s pickle (none)", resumable="same content")
-    extra_fraction: float | None = _data(None, "their share of each batch; an epoch stays one pass over the data set's own images (0.5)", fraction)
+    extra_fraction: float | None = _data(None, "fraction of each mini-batch that is --extra_data; an epoch stays one pass over the data set's own images (0.5)", fraction)
     batch_size: int = _data(128, "mini-batch size, over all processes (=)", positive_int)
     accumulate: int = _data(1, "gradient-accumulation steps per batch, for less memory (=)", positive_int)
 
     epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", positive_int)
     lr_schedule: str | None = _opt(None, "piecewise, piecewise-ft, piecewise-A-B-..., superconverge (piecewise-70-10; fine-tuning: piecewise-ft)", dashed=True)
-    lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning another network than the RN-18: 0.01, on imagenet 0.005, XCiT 1e-4)", positive_float, dashed=True)
+    lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning: preact-resnet18 0.05, others 0.01, on imagenet 0.005, XCiT 1e-4)", positive_float, dashed=True)
     weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", natural_float)
-    lr_no_decay: float | None = _opt(None, "constant rate of biases and norm layers from scratch; 1.0 as published (follows the schedule)", positive_float)
+    lr_no_decay: float | None = _opt(None, "from scratch: constant learning rate of biases and norm layers, 1.0 in the authors' code (follows the schedule)", positive_float)
     grad_clip: float | None = _opt(None, "clip the gradient to this L2 norm (no limit)", positive_float)
-    ema: float | None = _opt(None, "also keep an exponential moving average of the weights, with this decay, as 0.999 (off)", fraction)
+    ema: float | None = _opt(None, "also keep an exponential moving average of the weights, with this decay, such as 0.999 (off)", fraction)
     sync_bn: bool = _opt(False, "BatchNorm statistics over all processes, as SyncBatchNorm (off)")
     loss: str = _opt("ce", "ce: cross-entropy; trades: clean cross-entropy and KL divergence to the adversarial output (=)", choices=["ce", "trades"])
     trades_beta: float | None = _opt(None, "weight of TRADES' KL divergence (6)", positive_float)
-    init_epochs: int = _opt(0, "first epochs, of --epochs, with standard training (=)", natural_int)
+    init_epochs: int = _opt(0, "standard training in the first N of the --epochs (=)", natural_int)
 
     attack: str | None = _attack(None, "train on adversarial examples of APGD (left out: standard training)", choices=["apgd"])
     l_norms: tuple[str, ...] | None = _attack(None, "norms to train for, with blanks between ('Linf L1'; sat, avg, max, msd: 'Linf L2 L1')", words)
     multinorm: str | None = _attack(None, summaries, choices=SCHEMES)
-    gradient_projection: bool = _attack(False, "RAMP's: each epoch is one of standard and one of adversarial training, whose updates are combined (off)")
+    gradient_projection: bool = _attack(False, "RAMP's: each epoch is a pass of standard and a pass of adversarial training, whose updates are combined (off)")
     at_iter: int | None = _attack(None, "attack steps, in every norm (10; fine-tuning on imagenet: 5, L1 15)", positive_int)
     l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm (--at_iter)", ints)
     scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
 
-    eval_freq: int = _eval(0, "every so many epochs, and after the last, APGD-CE with 100 steps; 0: never (=)", natural_int, resumable=True)
-    n_ex_eval: int = _eval(200, "training and test images for it (=)", positive_int, resumable=True)
+    eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", natural_int, resumable=True)
+    n_ex_eval: int = _eval(200, "training images, and test images, of --eval_freq (=)", positive_int, resumable=True)
     final_eval: bool = _eval(False, "the standard evaluation of eval.py at the end (off)", resumable=True)
-    n_ex_final: int | None = _eval(None, "test images for it (1000, or all if there are fewer)", positive_int, resumable=True)
-    eval_norms: tuple[str, ...] = _eval(tuple(NORMS), "norms of both evaluations (=)", words)
-    eval_eps: tuple[float, ...] | None = _eval(None, "radii of both, in that order (those trained with, else the data set's)", floats)
+    n_ex_final: int | None = _eval(None, "test images of --final_eval (1000, or all if there are fewer)", positive_int, resumable=True)
+    eval_norms: tuple[str, ...] = _eval(tuple(NORMS), "norms of --eval_freq and --final_eval (=)", words)
+    eval_eps: tuple[float, ...] | None = _eval(None, "radius for each of --eval_norms (those of training, else the data set's)", floats)
 
     save_dir: str = _run("./runs", "folder in which the run's folder is made (=)", resumable=True)
     save_freq: int | None = _run(None, "epochs between checkpoints; the last is always saved (10; fine-tuning: 1)", positive_int, resumable=True)
-    resume: str | None = _run(None, "resume the run in this folder, its flags are known; without RUN: this command's newest run, if any (off)", nargs="?", const=LATEST, metavar="RUN", resumable=True)
+    resume: str | None = _run(None, "resume the run in this folder, whose other flags need not be given; without RUN: this command's newest run, if any (off)", nargs="?", const=LATEST, metavar="RUN", resumable=True)
     save_every: float = _run(15.0, "minutes between saves of the training state within an epoch (=)", positive_float, resumable=True)
     save_optim: bool = _run(False, "keep the optimizer's state in checkpoints (off)", resumable=True)
     compile: bool = _run(False, "compile the network with torch.compile (off)")
@@ -137,13 +137,13 @@ class EvalConfig(Config):
 
     model_name: str | None = _net(None, "checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION[@CHECKPOINT] (needed)")
     dataset: str | None = _data(None, "data set (the one the checkpoint was trained on, else cifar10)", choices=DATASETS)
-    n_ex: int | None = _data(None, "test images, the first ones (1000, or all if there are fewer)", positive_int)
+    n_ex: int | None = _data(None, "evaluate the first N test images (1000, or all if there are fewer)", positive_int)
     l_norms: tuple[str, ...] = _attack(tuple(NORMS), "norms to attack in, with blanks between (=)", words)
     attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=ATTACKS)
     n_iter: int = _attack(100, "steps of each APGD run, at least 4 (=)", positive_int)
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", positive_int)
     n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", natural_int)
-    union_only: bool = _attack(False, "worst case alone: an example broken in one norm is not attacked in the others (off)")
+    union_only: bool = _attack(False, "accuracy in the union alone: an example broken in one norm is not attacked in the others (off)")
     curve: bool = _attack(False, "also accuracy at radii from 0 to 2 eps, one APGD-CE each (off)")
     only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
     save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
@@ -167,7 +167,8 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("init_epochs", lambda c: not c.attack and c.init_epochs, NO_ATTACK),
     ("loss", lambda c: not c.attack and c.loss != "ce", NO_ATTACK),
     ("init_epochs", lambda c: c.init_epochs and c.gradient_projection, "with --gradient_projection half of every epoch is standard training, leave this flag out"),
-    ("trades_beta", lambda c: c.trades_beta and c.loss != "trades", "add --loss=trades, whose weight it is"),
+    ("at_iter", lambda c: c.at_iter and any(n != c.at_iter for n in c.l_iters or ()), "give --at_iter for all norms or --l_iters, one for each, not both"),
+    ("trades_beta", lambda c: c.trades_beta and c.loss != "trades", "it is the weight in TRADES' loss, add --loss=trades"),
     ("ema", lambda c: c.ema and c.gradient_projection, "with --gradient_projection weights are combined once an epoch, leave this flag out"),
     ("tensorboard", lambda c: c.tensorboard and find_spec("tensorboard") is None, "the package is missing: pip install tensorboard"),
     ("extra_fraction", lambda c: c.extra_fraction and not c.extra_data, "name the file of extra images with --extra_data"),
@@ -181,7 +182,7 @@ EVAL_RULES: Rules = (
 )
 # fmt: on
 
-# Settings of arXiv 2105.12508, section 5 and appendix A, where a flag is left out.
+# Defaults: settings of arXiv 2105.12508, section 5 and appendix A (save_freq is ours).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "from scratch": {"epochs": 80, "lr_schedule": "piecewise-70-10", "weight_decay": 5e-4, "save_freq": 10},
     "fine-tuning": {"epochs": 3, "lr_schedule": "piecewise-ft", "weight_decay": 5e-4, "save_freq": 1},
@@ -205,7 +206,7 @@ def check(config: Any, rules: Rules) -> None:
 
 
 def filled(config: AnyConfig, settings: Mapping[str, Any]) -> AnyConfig:
-    """The configuration with these settings where it has None."""
+    """The configuration with its None fields set from `settings`."""
     return replace(config, **{name: value for name, value in settings.items() if getattr(config, name) is None})
 
 
@@ -262,7 +263,7 @@ def _with_steps(config: TrainConfig, scheme: type[Scheme]) -> TrainConfig:
     if len(config.l_iters or ()) != len(norms):
         got = f"{len(norms)}; got {len(config.l_iters or ())}"
         raise UsageError("--l_iters", f"one number of steps for each norm is needed, {got}")
-    return filled(config, {"at_iter": 10})
+    return config
 
 
 def _scheme_options(config: TrainConfig, scheme: type[Scheme]) -> dict[str, float]:
@@ -323,7 +324,7 @@ def evaluation_threats(config: TrainConfig) -> list[Threat]:
 
 
 def completed(config: TrainConfig, spec: Spec, dataset: Dataset) -> TrainConfig:
-    """A resolved configuration with what only the loaded network and data set tell. Raises UsageError for what they don't allow."""
+    """A resolved configuration with the settings that depend on the loaded network and data set. Raises UsageError if they don't fit."""
     of_files = isinstance(dataset.train, FolderSplit)
     if config.image_size and not of_files:
         raise UsageError("--image_size", f"the images of {config.dataset} have one size, leave this flag out")
@@ -364,7 +365,7 @@ def check_processes(config: TrainConfig, world_size: int) -> None:
 
 
 def checked_eval(config: EvalConfig) -> EvalConfig:
-    """The configuration itself. Raises UsageError for flags that don't fit together."""
+    """The configuration, unchanged. Raises UsageError for flags that don't fit together."""
     check(config, EVAL_RULES)
     check_norms("--l_norms", config.l_norms)
     if config.l_eps:
@@ -406,7 +407,7 @@ def config_json(config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[st
 
 
 def loaded_facts(spec: Spec, dataset: Dataset) -> dict[str, Any]:
-    """What a resumed run has to find again: its network, and the content of its extra images."""
+    """What must be the same when the run is resumed: the network, and the content of the extra images."""
     return {"network": dict(spec)} | ({"extra_content": dataset.extra.content} if dataset.extra else {})
 
 
@@ -468,7 +469,7 @@ def same_command(asked: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 
 RESUMABLE = {each.name: each.metadata["resumable"] for each in fields(TrainConfig) if each.metadata.get("resumable")}
-# What a run's name says in words of its own, and which of these words are left out.
+# Fields that run_name writes itself, and values that it leaves out.
 NAMED = (
     "dataset",
     "finetune_model",
@@ -485,7 +486,7 @@ UNSAID = (None, "", "preact-resnet18", "eat", "ce")
 
 
 def differences(config: TrainConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the flags asked for, those that are not the default: without them the configuration would be another one, or none."""
+    """Of the flags given, those that matter: with the default instead, the resolved configuration would differ or be refused."""
     found = {name: value for name, value in asked.items() if name != "scheme_options" and _matters(config, name)}
     return found | dict(asked.get("scheme_options", {}))
 

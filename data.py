@@ -1,4 +1,4 @@
-"""Data sets, and mini-batches of them: images are uint8 in memory, memory-mapped, or in files; a batch is float32 in [0, 1].
+"""Data sets, and mini-batches of them: images are uint8 in memory, memory-mapped, or files; a mini-batch is float32 in [0, 1].
 
 A data set is one `DatasetSpec` in DATASETS. `BatchLoader` gives the mini-batches of an epoch, with data augmentation.
 """
@@ -116,7 +116,7 @@ class Extra(Split):
 
     @property
     def content(self) -> str:
-        """Their number and a digest of all labels and some 256 images: the same wherever, and in whichever format, they are."""
+        """Number of images and a digest of all labels and about 256 images; does not depend on the file's place or format."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
         digest.update(self.images[:: max(1, len(self) // 256)].numpy().tobytes())
         return f"{len(self)} images {digest.hexdigest()[:16]}"
@@ -127,7 +127,7 @@ class Extra(Split):
 
 @dataclass(frozen=True)
 class Mixed:
-    """Mini-batches of standard and extra images in a fixed proportion; `len`: the examples of an epoch, one pass over the standard ones."""
+    """Standard and extra images, so many of each per mini-batch; `len`: the examples of an epoch, one pass over the standard ones."""
 
     standard: Split
     extra: Extra
@@ -233,7 +233,7 @@ def _load_digits(*_: object) -> Dataset:
 
     def split(index: np.ndarray) -> Split:
         pixels = torch.tensor(images[index], dtype=torch.uint8).view(-1, 1, 8, 8)
-        # A mirrored digit is another sign or none; a pixel's shift is 1/8 of the image, as CIFAR-10's four of 32.
+        # A mirrored digit is no digit, or another; a pixel's shift is 1/8 of the image, as CIFAR-10's four of 32.
         return Split(pixels, torch.tensor(labels[index], dtype=torch.int64), levels=16, padding=1, flip=False)
 
     return Dataset("digits", split(train), split(test), tuple("0123456789"))
@@ -344,7 +344,7 @@ TrainingSplit = Split | FolderSplit | Mixed
 
 
 def mix(split: Split | FolderSplit, extra: Extra | None, batch_size: int, fraction: float) -> TrainingSplit:
-    """Mini-batches of which `fraction` (rounded, but neither none nor all) is extra; the split itself if there is no extra."""
+    """The split with `fraction` of each mini-batch (rounded, at least one image of each kind) from `extra`; unchanged without extra."""
     if extra is None:
         return split
     assert isinstance(split, Split), "load_extra gives none for files"
@@ -364,7 +364,7 @@ def on_device(split: TrainingSplit, device: torch.device) -> TrainingSplit:
 def number_of_batches(n: int, batch_size: int, world_size: int = 1) -> int:
     """How many mini-batches an epoch of n examples has, in `world_size` processes.
 
-    The last, smaller one is left out unless it has two examples for each process (BatchNorm may fail on one), or batch_size or n is 1.
+    A smaller last one is dropped unless it has two examples per process (BatchNorm may fail on one), or n is 1 in one process.
     """
     return n // batch_size + (n % batch_size >= 2 * world_size or (n == world_size == 1 < batch_size))
 
@@ -373,8 +373,8 @@ def number_of_batches(n: int, batch_size: int, world_size: int = 1) -> int:
 class BatchLoader:
     """Mini-batches for training: x (B, C, H, W) float32 in [0, 1] and y (B,) on `device`, in random order and with data augmentation.
 
-    A batch depends on (seed, epoch, its number) alone. Of each one, process `rank` of `world_size` gets its part as torch.tensor_split
-    makes it. Tensors on the device are indexed there; others by one worker process, ahead of time, and pinned for CUDA; files are read
+    A mini-batch depends on (seed, epoch, its number) alone. Process `rank` of `world_size` gets its part as torch.tensor_split
+    would. Tensors on the device are indexed there; others by one worker process, ahead of time, and pinned for CUDA; files are read
     by `workers` processes (None: one per core, at most 8; 0: none).
     """
 
@@ -490,7 +490,7 @@ class ShuffledMix:
 
 
 def _endless_order(n: int, length: int, seed: int, epoch: int) -> Tensor:
-    """An epoch's `length` numbers below n, out of one random order of all n after another, begun where the epoch before ended."""
+    """Indices (length,) below n for this epoch, from an endless sequence of random permutations that each epoch continues."""
     turn, begin = divmod(epoch * length, n)
     turns = range(turn, turn - (-(begin + length) // n))
     return torch.cat([torch.randperm(n, generator=generator(seed, turn, 0, 0)) for turn in turns])[begin:][:length]

@@ -1,13 +1,13 @@
 """Robust accuracy of a network for several Lp norms and their union.
 
-python eval.py --model_name=runs/RUN/ep_80.pth --n_ex=1000                   one's own run
+python eval.py --model_name=runs/RUN/ep_80.pth --n_ex=1000                   your own run
 python eval.py --model_name=pretr_L1.pth --l_norms='Linf L2 L1'              the authors' networks (downloaded to --model_dir)
 python eval.py --model_name=RB_Engstrom2019Robustness                        RobustBench's
-python eval.py --model_name=my_nets.py:make_net                              any: the function returns a module on [0, 1] images
+python eval.py --model_name=my_nets.py:make_net                              your function, which returns a module on [0, 1] images
 python eval.py --dataset=imagenet --data_dir=DIR --model_name=RB_Salman2020Do_R50    DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg
 
-The standard evaluation: APGD-CE and APGD-T, 100 steps, 10 restarts in all for each norm (arXiv 2105.12508, section 5),
-L1 after a brief run of a fifth of the steps at the radius itself.
+The standard evaluation: APGD-CE and APGD-T, 100 steps, 10 runs in all for each norm (arXiv 2105.12508, section 5);
+in L1 first a brief APGD-CE of n_iter / 5 steps without the larger radii.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ IDENTITY = (
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Load, attack, print the table, save eval.json and the adversarial images; the result's folder."""
+    """Load, attack, print the table, save eval.json and the adversarial examples. Returns the result's folder."""
     with usage_errors("eval.py"):
         config = checked_eval(EvalConfig(**flags_given(make_parser(EvalConfig, __doc__), argv)))
         with blame("--baseline"):
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def load_data(config: EvalConfig, loaded: Loaded) -> tuple[Dataset, EvalConfig]:
-    """The data set, and the configuration with what it tells. Raises UsageError."""
+    """The data set, and the configuration with the settings that depend on it. Raises UsageError."""
     dataset, size = config.dataset or "", config.image_size or loaded.about.get("image_size")
     with blame("--l_eps"):
         threats = [] if config.only_clean else threats_of(dataset, config.l_norms, config.l_eps)
@@ -102,7 +102,7 @@ def evaluate_and_report(
     threats = [] if config.only_clean else threats_of(config.dataset or "", config.l_norms, config.l_eps)
     asked = identity(config, model, test, data, threats)
     parts = ["eval", config.dataset or "", *(config.model_name or "").split("/")[-2:], f"n{config.n_ex}"]
-    # The first process chooses the folder; what went wrong there is told in all of them.
+    # Rank 0 chooses the folder; its error is raised on all ranks.
     with blame("--resume" if config.resume else "--save_dir"):
         folder = run_on_rank0(lambda: folder_for(config.save_dir, parts, asked, config.resume))
     if process.is_first:
@@ -132,7 +132,7 @@ def attack_plan(config: EvalConfig) -> AttackPlan:
 def identity(
     config: EvalConfig, model: nn.Module, test: Split, data: Dataset, threats: Sequence[Threat]
 ) -> dict[str, Any]:
-    """What has to be the same for an evaluation to be resumed: settings, network, images of files, runs of the attacks."""
+    """What must be the same for an evaluation to be resumed: settings, network weights, images read from files, attack runs."""
     found = {name: getattr(config, name) for name in IDENTITY} | {"network": fingerprint(model)}
     if isinstance(data.test, FolderSplit):
         found["points"] = tensors_fingerprint(

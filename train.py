@@ -1,4 +1,4 @@
-"""Adversarial training for several Lp norms (E-AT, arXiv 2105.12508), and fine-tuning of any network to them.
+"""Multiple-norm adversarial training: E-AT (extreme norm adversarial training, arXiv 2105.12508), from scratch or by fine-tuning.
 
 python train.py --attack=apgd --l_norms='Linf L1'                                    E-AT from scratch
 python train.py --attack=apgd --l_norms=L2 --l_eps=0.5 --at_iter=10                  one norm
@@ -6,7 +6,7 @@ python train.py --attack=apgd --l_norms='Linf L1' --finetune_model --lr-schedule
 python train.py --attack=apgd --l_norms='Linf L1' --finetune_model --model_name=RB_Engstrom2019Robustness
 python train.py --dataset=digits --attack=apgd --l_norms='Linf L1' --final_eval      on a laptop, in minutes
 python train.py --resume=runs/RUN                                                    resume a run
-torchrun --nproc_per_node=8 train.py --attack=apgd --l_norms='Linf L1' --resume      on 8 GPUs; resumes if it was ended
+torchrun --nproc_per_node=8 train.py --attack=apgd --l_norms='Linf L1' --resume      on 8 GPUs; resumes this command's newest run, if any
 
 Without --attack the training is standard: no adversarial examples.
 """
@@ -54,7 +54,7 @@ from utils.signals import Interrupted, Signals
 
 
 def train_epoch(trainer: Trainer) -> None:
-    """What is left of an epoch: one pass over the training set (two with RAMP's gradient projection)."""
+    """The rest of the current epoch: one pass over the training set, two with --gradient_projection. Raises Interrupted, NonFiniteError."""
     trainer.model.train()
     for scheme, optimizer in trainer.phases():
         for batch in trainer.batches():
@@ -62,7 +62,7 @@ def train_epoch(trainer: Trainer) -> None:
             set_lr(optimizer, trainer.lr_at(trainer.progress(batch)))
             micro_batches = trainer.attack(scheme, batch)
             optimizer.zero_grad()
-            # Losses are summed over this process' examples, gradients averaged over the processes.
+            # Mean loss of the whole mini-batch: losses are summed here, and data parallelism averages gradients over the processes.
             weight = trainer.process.world_size / batch.size
             sums = forward_backward(
                 trainer.trained, scheme, micro_batches, weight, trainer.scaler, trainer.no_sync_unless
@@ -79,10 +79,10 @@ def forward_backward(
     scaler: torch.amp.GradScaler,
     no_sync_unless: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
 ) -> Tensor:
-    """Gradients of the scheme's loss, times `weight` per example, summed over the micro-batches (gradient accumulation).
+    """Accumulate the gradients of weight * (sum of the scheme's loss) over the micro-batches (gradient accumulation).
 
-    The sum of the loss, and the `per_threat_sums` of all threats and of clean images: (1 + 3 (threats + 1),) on the device.
-    Nothing waits for the device.
+    Returns the sum of the loss, then the `per_threat_sums` of each threat and of clean images: (1 + 3 (threats + 1),) on the device,
+    without synchronising with it.
     """
     sums = []
     for number, (adversarial, y) in enumerate(micro_batches, 1):
@@ -96,7 +96,7 @@ def forward_backward(
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float | None) -> None:
-    """The optimizer's step, gradients clipped to an L2 norm of grad_clip if that is given."""
+    """Clip the gradient to L2 norm grad_clip, if given, and make the optimizer step."""
     if grad_clip:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], grad_clip)
@@ -105,12 +105,12 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 
 
 def finish_epoch(trainer: Trainer, board: Any) -> None:
-    """After an epoch's last step: evaluation, a line of metrics, a checkpoint, the training state."""
+    """After an epoch's last step: evaluate, append to metrics.jsonl, save checkpoints and the training state."""
     config, done = trainer.config, trainer.epoch + 1
     last = done == config.epochs
     record = trainer.epoch_record()
     if config.eval_freq and (done % config.eval_freq == 0 or last):
-        trainer.save()
+        trainer.save()  # a run that ends in the evaluation resumes after the epoch's last step
         for suffix, model in trainer.networks().items():
             record[f"eval{suffix}"] = quick_evaluation(trainer, model)
     if trainer.process.is_first:
@@ -126,7 +126,7 @@ def finish_epoch(trainer: Trainer, board: Any) -> None:
 
 
 def save_checkpoints(trainer: Trainer, epoch: int) -> None:
-    """ep_EPOCH.pth and, with --ema, ep_EPOCH_ema.pth."""
+    """Write ep_EPOCH.pth and, with --ema, ep_EPOCH_ema.pth. Raises NonFiniteError, OSError."""
     for suffix, model in trainer.networks().items():
         content = trainer.about | {"state_dict": model.state_dict(), "epoch": epoch}
         if trainer.config.save_optim and not suffix:
@@ -136,7 +136,7 @@ def save_checkpoints(trainer: Trainer, epoch: int) -> None:
 
 
 def train(trainer: Trainer) -> None:
-    """The epochs that are left, and the final evaluation."""
+    """The remaining epochs, then the final evaluation; deletes the training states, which are no longer needed."""
     board = tensorboard(trainer) if trainer.config.tensorboard and trainer.process.is_first else None
     while trainer.epoch < (trainer.config.epochs or 0):
         train_epoch(trainer)
@@ -148,11 +148,11 @@ def train(trainer: Trainer) -> None:
 
 
 def train_or_say_how_to_resume(trainer: Trainer) -> None:
-    """`train`; ends with 143 or 130 after SIGTERM or SIGINT, with 1 and a line that says why if training can't go on."""
+    """`train`, with errors as one line: exit code 143 or 130 after SIGTERM or SIGINT, 1 for a full disk or a loss that is not finite."""
     script = Path(sys.argv[0]).name  # train.py, or one's own file that registers a scheme and calls main
     script = script if script.endswith(".py") and script != "__main__.py" else "train.py"
     program = f"torchrun ... {script}" if trainer.process.world_size > 1 else f"python {script}"
-    how = f"go on with: {program} --resume={trainer.folder}"
+    how = f"resume with: {program} --resume={trainer.folder}"
     try:
         if trainer.epoch == trainer.step == 0:
             trainer.save()  # there is a state from the start
@@ -180,20 +180,20 @@ def train_or_say_how_to_resume(trainer: Trainer) -> None:
 
 
 def last_state(folder: Path) -> str:
-    """Where the last good state is, in words."""
+    """Which training state a resumed run starts from, in words."""
     states = state_files(folder)
     return f"the last good state is {states[-1]}" if states else f"no state was saved in {folder}"
 
 
 def tensorboard(trainer: Trainer) -> Any:
-    """A writer into the run's folder; what it holds of the epochs to come is left out when it is shown."""
+    """A SummaryWriter for RUN/tensorboard; TensorBoard hides what an interrupted process wrote of epochs still to come."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(trainer.folder / "tensorboard"), purge_step=trainer.epoch + 1)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Train as the flags say; the run's folder."""
+    """Train as the flags say. Returns the run's folder."""
     with usage_errors("train.py"), ExitStack() as stack:
         asked = flags_given(make_parser(TrainConfig, __doc__), argv)
         config = resolved(configured(asked))
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def announce(trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    """Say what is going to happen: settings that are not the default, scheme, device, folder."""
+    """Print the settings that are not the default, the scheme, device and folder."""
     config, process, threats = trainer.config, trainer.process, trainer.scheme.threats
     if settings:
         print("settings:", "  ".join(f"{name}={setting(value)}" for name, value in settings.items()))
@@ -253,12 +253,12 @@ def announce(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     if trainer.epoch or trainer.step:
         steps = trainer.phases_per_epoch * trainer.batches_per_pass
         print(f"resuming after batch {trainer.step} of {steps} of epoch {trainer.epoch + 1}")
-    together = f"{process.world_size} processes, the first " if process.world_size > 1 else ""
+    together = f"{process.world_size} processes, rank 0 " if process.world_size > 1 else ""
     print(f"{together}on {process.device}; run folder {trainer.folder}\n{HEADER}", flush=True)
 
 
 def setting(value: Any) -> str:
-    """As it is given on the command line."""
+    """A setting as it would be written on the command line."""
     return (
         repr(" ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value))
         if isinstance(value, tuple)

@@ -1,9 +1,9 @@
-"""APGD: projected gradient ascent whose step size needs no tuning, for Linf and L2 (arXiv 2003.01690) and for L1 (arXiv 2103.01208).
+"""APGD: projected gradient ascent with an adaptive step size, for Linf and L2 (arXiv 2003.01690) and for L1 (arXiv 2103.01208).
 
-Many runs side by side, one a row of the batch. A row's step number is its own, so that evaluation can take finished rows out and put
-new ones in; training keeps all rows in step. What differs between norms is in norms.py: projection, direction, and the controller that
-adapts each row's step at check-points. No operation depends on data (a test runs it on `meta`), and after a first run of its kind nothing
-is copied to the device, so the attack never makes a GPU wait.
+Each row of the batch is a run of its own with its own step number: evaluation replaces rows that are finished, training moves all rows
+together. What differs between norms is in norms.py: projection, direction, and the controller that
+adapts each row's step at check-points. No operation depends on values (a test runs it on `meta`), and after the first run of a
+kind nothing is copied to the device: the attack never synchronises with a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .threat import Threat
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-HALF_SCALE = 2**10  # of the loss where the network answers in float16
+HALF_SCALE = 2**10  # the loss is multiplied by it if the logits are float16
 TRAINING_TOP_FRACTION, EVALUATION_TOP_FRACTION = 0.05, 0.2  # of the entries that the first L1 step moves
 
 
@@ -48,11 +48,13 @@ def apgd(
     top_fraction: float = TRAINING_TOP_FRACTION,
     stages: Stages | None = None,
 ) -> AttackResult:
-    """Adversarial examples (B, ...) of highest loss after n_iter steps: n_iter + 1 forward and n_iter backward passes per image.
+    """APGD: the iterates of highest loss in n_iter steps (arXiv 2003.01690, algorithm 1; L1: arXiv 2103.01208).
 
-    x (B, ...) in [0, 1], y (B,). Starts at x, or at the projection of x + delta_init (B, ...). `top_fraction` is the part of the entries
-    that the first L1 step moves, where it starts at x. `stages`, if given, replace the radius and n_iter; only the last stage's iterates
-    count. The model should be in eval mode. Raises ValueError for a stage of no steps.
+    n_iter + 1 forward and n_iter backward passes per image. x (B, ...) in [0, 1], y (B,), loss(logits, y) -> (B,).
+
+    Starts at x, or at the projection of x + delta_init (B, ...). `top_fraction` is the
+    fraction of the input's entries that the first L1 step moves, from any start. `stages`, if given, replace the
+    radius and n_iter; only iterates of the last stage count. The model should be in eval mode. Raises ValueError for a stage of no steps.
 
     The defaults are those of training. An evaluation starts each run at a random delta_init, has top_fraction=0.2, and in L1 stages of
     3, 2 and 1 eps (norms.shrinking); `robust_accuracy` makes all its runs so.
@@ -77,10 +79,10 @@ def apgd(
 def apgd_each(
     model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iters: Sequence[int], which: Tensor
 ) -> Tensor:
-    """x_best (B, ...), that of image i in the ball of threats[which[i]], which (B,) int64, all in one pass a step.
+    """x_best (B, ...) of APGD on cross-entropy, for example i in threats[which[i]], which (B,) int64: the same as `apgd` gives.
 
-    They are those of `apgd`. Every threat's run moves every image, which costs little, and the network sees the ones that count,
-    so that no shape depends on `which`. If n_iters differ, the passes are those of the longest run.
+    Every threat moves every example, which is cheap, and the network is called once per step on the iterates selected by `which`, so
+    that no shape depends on values. If n_iters differ, all examples cost the passes of the longest.
     """
     x = x.detach()
     runs = [APGD(t.norm, [(t.eps, n)], TRAINING_TOP_FRACTION, x) for t, n in zip(threats, n_iters, strict=True)]
@@ -98,7 +100,7 @@ def apgd_each(
 
 
 def loss_and_grad(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (B,), the direction of its gradient (B, ...) or zeros, misclassified (B,) bool. Parameters get no gradient."""
+    """Loss (B,); its gradient with respect to x_adv up to a positive factor (B, ...), zeros without with_grad; misclassified (B,) bool."""
     with torch.set_grad_enabled(with_grad):
         x_adv = x_adv.detach().requires_grad_(with_grad)
         answer = model(x_adv)
@@ -114,17 +116,17 @@ def loss_and_grad(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad:
 
 @dataclass
 class APGDState:
-    """Where the runs of B rows are. The radius and what happens at a tick are in APGD's tables, common to all."""
+    """State of B runs. Radii and check-points by iterate number (`tick`) are in APGD's tables, the same for all rows."""
 
     x: Tensor  # (B, ...) the clean images
-    delta: Tensor  # (B, ...) the iterate that the network judges next, minus x
+    delta: Tensor  # (B, ...) the next iterate to evaluate, minus x
     previous: Tensor  # (B, ...) the iterate before it
-    grad: Tensor  # (B, ...) at the iterate judged last
+    grad: Tensor  # (B, ...) gradient at the iterate evaluated last
     value: Tensor  # (B,) loss there
     best_delta: Tensor  # (B, ...) the iterate of highest loss in this stage
     best_grad: Tensor  # (B, ...)
     best_value: Tensor  # (B,)
-    tick: Tensor  # (B,) int64: how many iterates of this run were judged
+    tick: Tensor  # (B,) int64: number of iterates evaluated so far
     step: Tensor  # (B,) the step size
     rises: Tensor  # (B,) HalvingController: steps since the check-point that raised the loss
     halved: Tensor  # (B,) bool, HalvingController: the step was halved at the last check-point
@@ -142,9 +144,9 @@ class APGDState:
 
 
 class APGD:
-    """One kind of run: a norm and stages (radius, steps), each from the projection of the last one's best iterate.
+    """One kind of run: a norm and stages (radius, steps), each started at the projection of the previous stage's best iterate.
 
-    A run has `ticks` iterates: for each stage its start and one a step. Those from tick `counts_from` on are in the last radius.
+    A run evaluates `ticks` iterates: the start of each stage and one per step. Those from number `counts_from` on are in the last stage.
     `like`: any tensor with device and type of the images. Raises ValueError for a stage of no steps.
     """
 
@@ -167,7 +169,7 @@ class APGD:
         return APGDState(x, start, start, flat, zero, start, flat, zero, tick, zero, zero, no, zero, zero, zero)
 
     def receive(self, rows: APGDState, value: Tensor, grad: Tensor) -> None:
-        """Take the loss (B,) and gradient (B, ...) at rows.delta; adapt steps, and go back to the best iterate, at check-points."""
+        """Record loss (B,) and gradient (B, ...) at rows.delta; at check-points adapt the step size and return to the best iterate."""
         starts = self.starts[rows.tick]
         rose = (value > rows.value) & ~starts
         better = (value > rows.best_value) | starts
@@ -181,7 +183,7 @@ class APGD:
         rows.tick = rows.tick + 1
 
     def move(self, rows: APGDState) -> None:
-        """To the iterate that the network judges next: a step on, or the start of the next stage."""
+        """Set rows.delta to the next iterate: one ascent step, or the start of the next stage."""
         eps, starts = self.eps[rows.tick], self.starts[rows.tick]
         step = rows.delta + expand_per_example(rows.step, rows.x) * self.norm.steepest(rows.grad, rows.keep)
         new = self.norm.project(torch.where(expand_per_example(starts, rows.x), rows.best_delta, step), rows.x, eps)

@@ -1,7 +1,7 @@
 """Schemes of multi-norm training: which adversarial examples a training step sees, and with what loss.
 
 A scheme is one class here: `draw` chooses what is random for the whole mini-batch, `attack` makes the adversarial examples of a
-micro-batch, `loss` is each example's loss. `register` makes it known to train.py, its flags and the tests.
+micro-batch, `loss` is the loss per example. `register` adds it to --multinorm, its options to the flags, and both to the tests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .threat import Threat
 
 @dataclass(frozen=True)
 class AdversarialBatch:
-    """V versions of each of B examples, and for each the index of its threat model (the number of threats: the clean image)."""
+    """V versions of each of B examples, and the index of each one's threat model; len(threats) stands for the clean image."""
 
     x: Tensor  # (V, B, C, H, W) in [0, 1]
     threat: Tensor  # (V, B) int64
@@ -56,7 +56,7 @@ class Scheme:
     norms: ClassVar[tuple[str, ...]] = ("Linf", "L1")  # if --l_norms is left out
     options: ClassVar[tuple[Option, ...]] = ()
     same_n_iter: ClassVar[bool] = False  # one attack for all norms, with one number of steps
-    single: ClassVar[bool] = True  # one adversarial example per image: TRADES' loss applies
+    single: ClassVar[bool] = True  # one adversarial example per image, so that TRADES' loss can be used
 
     def __init__(
         self, threats: Sequence[Threat], n_iters: Sequence[int] = (), options: Mapping[str, float] | None = None
@@ -66,9 +66,9 @@ class Scheme:
         self.errors = RunningErrors(len(self.threats))
 
     def draw(self, n: int, step: int, generator: torch.Generator) -> Tensor:
-        """Index of the threat sampled for each of a mini-batch's n examples, over all processes: (n,) int64 on the CPU.
+        """Index of the threat sampled for each example of the whole mini-batch, n over all processes: (n,) int64 on the CPU.
 
-        step: number of training steps done before, from 0. Must depend on the arguments and on `state_dict` alone.
+        step: training steps done before this one. Must depend on the arguments and on `state_dict` alone.
         """
         return torch.zeros(n, dtype=torch.int64)
 
@@ -81,14 +81,14 @@ class Scheme:
         return cross_entropy(logits[0], y)
 
     def observe(self, correct: Sequence[float], seen: Sequence[float]) -> None:
-        """Outcome of a training step, for each threat: how many adversarial examples there were and how many were classified right.
+        """Counts of a training step, one per threat: its adversarial examples (`seen`) and those classified correctly (`correct`).
 
-        Called in the order of the steps; `draw` knows all steps but the last, so that no GPU has to finish that before.
+        Called once per step, in order, one step late: at `draw` the previous step is not in yet, so that no GPU has to be waited for.
         """
         self.errors.observe(correct, seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later steps depend on: tensors, numbers and strings. A scheme with a state of its own adds to it."""
+        """Everything that later steps depend on, as tensors, numbers and strings. A scheme with more state overrides it."""
         return self.errors.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class Scheme:
 
 
 class RunningErrors:
-    """Robust training error of each threat, 1 - correct / seen, over the whole run."""
+    """Running robust training error of each threat, 1 - correct / seen, from the first training step on (E-AT, arXiv 2105.12508)."""
 
     def __init__(self, n_threats: int) -> None:
         self.correct, self.seen = [0] * n_threats, [0] * n_threats
@@ -112,7 +112,7 @@ class RunningErrors:
         return [1 - c / s if s else 1.0 for c, s in zip(self.correct, self.seen, strict=True)]
 
     def probabilities(self) -> list[float]:
-        """Of sampling each threat: proportional to its error; uniform until each was seen, and where no threat has an error."""
+        """Sampling probability of each threat, proportional to its error; uniform until all were seen, and if all errors are 0."""
         rates = self.rates()
         if 0 in self.seen or sum(rates) == 0:
             return [1 / len(rates)] * len(rates)
@@ -143,7 +143,7 @@ def register(scheme: type[Scheme]) -> type[Scheme]:
 
 @register
 class EAT(Scheme):
-    """E-AT (Croce & Hein 2022, arXiv 2105.12508, section 4): one norm per mini-batch."""
+    """E-AT, extreme norm adversarial training (Croce & Hein, ICML 2022, arXiv 2105.12508, section 4): one norm per mini-batch."""
 
     name = "eat"
     summary = "samples one norm per batch with probability proportional to its running robust error"
@@ -157,7 +157,7 @@ class EAT(Scheme):
         return torch.multinomial(torch.tensor(weights), size, replacement=True, generator=generator).expand(n)
 
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
-        """APGD in the sampled threat."""
+        """APGD in the sampled threat: V = 1."""
         threat = sampled.to(x.device, non_blocking=True)
         if self.per_example:
             x_adv = apgd_each(model, x, y, self.threats, self.n_iters, threat)
@@ -168,7 +168,7 @@ class EAT(Scheme):
 
 @register
 class UniformEAT(EAT):
-    """E-AT without its weights."""
+    """E-AT that samples its norms uniformly."""
 
     name = "eat-uniform"
     summary = "samples one norm per batch uniformly"
@@ -177,7 +177,7 @@ class UniformEAT(EAT):
 
 @register
 class MixedEAT(EAT):
-    """E-AT with a norm for each example; the examples of all norms share the network's passes."""
+    """E-AT that samples a norm per example; each step of the attack is one pass for the examples of all norms."""
 
     name = "eat-mixed"
     summary = "samples one norm per example with probability proportional to its running robust error"
@@ -186,10 +186,10 @@ class MixedEAT(EAT):
 
 @register
 class SAT(EAT):
-    """SAT (Madaan et al., ICML 2021): one norm per mini-batch, uniformly."""
+    """SAT, stochastic adversarial training (Madaan et al., ICML 2021): one norm per mini-batch, sampled uniformly."""
 
     name = "sat"
-    summary = "samples one of all norms per batch uniformly"
+    summary = "as eat-uniform, by default with all three norms"
     norms = ("Linf", "L2", "L1")
     by_error = False
 
@@ -204,7 +204,7 @@ class Average(Scheme):
     single = False
 
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
-        """A version per threat."""
+        """One adversarial example per threat: V = number of threats."""
         x_adv = torch.stack([attack(model, x, y).x_best for attack in self.attacks])
         return AdversarialBatch(x_adv, torch.arange(len(x_adv), device=x.device)[:, None].expand(-1, len(x)))
 
@@ -222,7 +222,7 @@ class Maximum(Scheme):
     norms = ("Linf", "L2", "L1")
 
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
-        """The worst of the threats' adversarial examples."""
+        """Of the threats' adversarial examples that of highest loss: V = 1."""
         found = [attack(model, x, y) for attack in self.attacks]
         worst = torch.stack([each.loss for each in found]).argmax(0)
         return AdversarialBatch(select_per_example([each.x_best for each in found], worst)[None], worst[None])
@@ -230,7 +230,7 @@ class Maximum(Scheme):
 
 @register
 class MultiSteepestDescent(Scheme):
-    """MSD (Maini et al., ICML 2020, arXiv 1909.04068): one attack, each of whose steps is the best of the threats' steps."""
+    """MSD (Maini et al., ICML 2020, arXiv 1909.04068): one attack; each step tries every norm's and keeps the one of highest loss."""
 
     name = "msd"
     summary = "one attack that takes at each step the norm of highest loss"
@@ -242,7 +242,7 @@ class MultiSteepestDescent(Scheme):
     ) -> None:
         super().__init__(threats, n_iters, options)
         if len(set(n_iters)) > 1:
-            raise ValueError(f"msd makes one run for all norms, with one number of steps, got {list(n_iters)}")
+            raise ValueError(f"msd is one attack for all norms: give one number of steps for all, got {list(n_iters)}")
 
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
         """MSD's adversarial examples, each counted for the threat whose step led to it."""
@@ -252,13 +252,13 @@ class MultiSteepestDescent(Scheme):
 
 @register
 class RAMP(Average):
-    """RAMP's loss (Jiang & Singh, NeurIPS 2024, arXiv 2402.06827): max of the two threats' cross-entropies + lambda KL(p_q, p_r).
+    """RAMP's loss (Jiang & Singh, NeurIPS 2024, arXiv 2402.06827): max of the two threats' cross-entropies + lambda KL(p_q || p_r).
 
-    q and r are the first and the second threat; the KL term is the mean over the examples that are right under q.
+    q and r are the first and the second threat; the KL term (logit pairing) is the mean over the examples classified correctly under q.
     """
 
     name = "ramp"
-    summary = "attacks in two norms, minimises the higher loss and pairs the second norm's logits with the first's"
+    summary = "attacks every example in two norms and minimises the higher loss plus logit pairing, a KL divergence between the two"
     norms = Scheme.norms
     options = (Option("ramp_lambda", "weight of ramp's logit pairing", from_scratch=2.0, fine_tuning=0.5),)
 
@@ -271,7 +271,7 @@ class RAMP(Average):
         self.weight = (options or {}).get("ramp_lambda", self.options[0].from_scratch)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The mean over the examples that are right under q is that of the micro-batch (of this process)."""
+        """Loss (B,). The KL term is averaged over the micro-batch of this process, not over the whole mini-batch."""
         q, r = logits
         correct = (q.argmax(1) == y).float()
         scale = len(y) / correct.sum().clamp(min=1)
@@ -279,7 +279,10 @@ class RAMP(Average):
 
 
 class Trades(Scheme):
-    """TRADES' loss (Zhang et al., ICML 2019) on another scheme's adversarial examples: CE(clean) + beta KL(p_clean, p_adv)."""
+    """TRADES' loss (Zhang et al., ICML 2019), CE(clean) + beta KL(p_clean || p_adv), on another scheme's adversarial examples.
+
+    The attack is that scheme's and maximises cross-entropy, not the KL divergence as published.
+    """
 
     name = "trades"
 
@@ -326,5 +329,5 @@ def _cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(softmax(p), softmax(q)) of logits (B, K): (B,)."""
+    """KL(softmax(p) || softmax(q)) of logits (B, K): (B,)."""
     return F.kl_div(F.log_softmax(q, 1), F.log_softmax(p, 1), reduction="none", log_target=True).sum(1)

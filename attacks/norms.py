@@ -60,7 +60,7 @@ def kth_largest(size: Tensor, k: Tensor) -> Tensor:
 
 
 class StepController:
-    """What APGD does at its check-points, for each row of the batch. What a subclass has to remember of a row is in APGDState."""
+    """APGD's step-size rule, applied per example at check-points. What a subclass keeps per example is a field of APGDState."""
 
     momentum: ClassVar[bool]
 
@@ -69,20 +69,20 @@ class StepController:
 
     @staticmethod
     def check_points(n_iter: int) -> list[int]:
-        """For each of n_iter steps the number of steps since the last check-point where it is one, else 0."""
+        """n_iter numbers: at a step that is a check-point the steps since the previous one, elsewhere 0."""
         raise NotImplementedError
 
     def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
-        """Set rows.step (B,) and what goes with it after a loss was taken in; (B,) bool: go back to the best iterate.
+        """Update rows.step (B,) and this controller's fields; (B,) bool: examples that return to their best iterate.
 
-        rose (B,): the loss is above the last one's; starts (B,): a stage starts here; interval (B,): the steps since the last
-        check-point if this is one, else 0; eps (B,): the stage's radius.
+        Called after each evaluated iterate. rose (B,) bool: its loss is above the previous iterate's; starts (B,) bool: it starts a stage;
+        interval (B,): length of the interval that ends here if this is a check-point, else 0; eps (B,): the stage's radius.
         """
         raise NotImplementedError
 
 
 class HalvingController(StepController):
-    """Linf and L2: momentum, and a step from 2 eps that is halved where the loss stopped rising (arXiv 2003.01690, algorithm 1)."""
+    """Linf and L2: momentum, initial step size 2 eps, halved at check-points without progress (arXiv 2003.01690, algorithm 1)."""
 
     momentum = True
 
@@ -110,7 +110,7 @@ class HalvingController(StepController):
 
 
 class SparseController(StepController):
-    """L1: no momentum; steps that move few entries, as many as the best iterate's sparsity suggests (arXiv 2103.01208, algorithm 1)."""
+    """L1-APGD: no momentum, step size in [eps / 10, eps], sparse steps, as many entries as the best iterate suggests (arXiv 2103.01208)."""
 
     momentum = False
 

@@ -15,7 +15,7 @@ from models.own_function import build_own_function, split_own_function
 # What a checkpoint keeps to rebuild its network: the arguments of build_model, numbers and strings only.
 Spec = dict[str, Any]
 StateDict = dict[str, Tensor]
-FINETUNE_LR = 0.01  # highest learning rate of fine-tuning a network that has none of its own
+FINETUNE_LR = 0.01  # peak learning rate for fine-tuning, unless the network has its own
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Network:
     small: Spec  # the arguments of build_model for one that the tests can train in seconds
     act: str = "relu"  # activation
     width: int | None = None  # channels of the first stage; None: --width has no meaning
-    finetune_lr: float = FINETUNE_LR  # highest learning rate of fine-tuning (arXiv 2105.12508, appendix A)
+    finetune_lr: float = FINETUNE_LR  # peak learning rate for fine-tuning (arXiv 2105.12508, appendix A)
 
     def numbers(self, arch: str) -> tuple[int, ...] | None:
         """The numbers in `arch`, in the place of the capitals; None if it is no name of this network."""
@@ -72,7 +72,7 @@ def build_model(arch: str, **kwargs: Any) -> nn.Module:
 
 
 def build_known(arch: str, **kwargs: Any) -> nn.Module:
-    """The same for what needs no file of the user's, so that a checkpoint's spec can't name code to run."""
+    """`build_model` for names other than FILE.py:FUNCTION, so that a checkpoint cannot name code to run. Raises ValueError."""
     if arch == "robustbench" and kwargs:
         from models.robustbench_zoo import build_robustbench
 

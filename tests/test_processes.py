@@ -194,7 +194,7 @@ def test_torchrun_that_loses_a_process_ends_and_can_be_resumed(launch: Launch) -
     run.terminate()
     said, error = run.communicate(timeout=60)
     assert "SIGTERM: the state after batch" in said, error
-    assert f"go on with: torchrun ... train.py --resume={folder}" in said
+    assert f"resume with: torchrun ... train.py --resume={folder}" in said
 
     run = torchrun(f"--resume={folder}")
     assert "saved" in run.communicate(timeout=60)[0]

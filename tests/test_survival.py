@@ -129,7 +129,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(whole: Path, launch: Lau
     said = Path("out").read_text()
     folder = the_run(Path("cut"))
     assert f"{signal.Signals(number).name}: the state after batch" in said
-    assert f"go on with: python train.py --resume={folder}" in said
+    assert f"resume with: python train.py --resume={folder}" in said
     train.main([f"--resume={folder}"])  # its flags are known
     assert outcome(folder) == outcome(whole)
     assert len(json.loads((folder / "env.json").read_text())["resumed"]) == 1

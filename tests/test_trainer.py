@@ -133,3 +133,31 @@ def test_a_state_of_another_version_is_refused(capsys: pytest.CaptureFixture[str
         train.main([f"--resume={folder}"])
     assert end.value.code == 2
     assert "another version of train.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--multinorm=eat"], ["--multinorm=ramp", "--gradient_projection"]])
+def test_a_run_that_ends_in_its_evaluation_does_not_train_the_epoch_again(
+    more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*FLAGS, "--attack=apgd", "--at_iter=2", "--eval_freq=1", "--n_ex_eval=4", *more]
+    whole = train.main([*flags, "--save_dir=whole"])
+    evaluation = train.quick_evaluation
+
+    def cut_off(*args: Any) -> Any:
+        raise ConnectionResetError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "quick_evaluation", cut_off)
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--save_dir=cut"])
+    steps, optimizer_step = [], train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: (steps.append(1), optimizer_step(*args)))
+    assert train.quick_evaluation is evaluation
+    again = train.main([*flags, "--save_dir=cut", "--resume"])
+    assert len(steps) == (6 if "--gradient_projection" in more else 3), "the second epoch alone"
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(again).items())
+    records = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, again)
+    ]
+    assert records[0] == records[1]

@@ -25,10 +25,10 @@ from utils.run_folder import emptied, environment, write_json
 
 
 def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
-    """Accuracy on the first training and test images under APGD-CE with 100 steps (an upper bound)."""
+    """{"train", "test"} -> `Evaluation.accuracies()` of the first --n_ex_eval images under one APGD-CE of 100 steps: upper bounds."""
     figures = {}
     for name, split in {"train": trainer.dataset.train, "test": trainer.dataset.test}.items():
-        # Several processes meet in a folder of their own, which is gone after.
+        # Several processes exchange their results through a temporary folder.
         several = trainer.process.world_size > 1
         folder = run_on_rank0(lambda: emptied(trainer.folder / "eval")) if several else None
         plan = AttackPlan("fast", seed=trainer.config.seed)
@@ -40,7 +40,7 @@ def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
 
 
 def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
-    """The standard evaluation, printed and saved in the run's folder; what an earlier process of the run has done of it is kept."""
+    """The standard evaluation, printed and saved in the run's folder; continues one that an interrupted process began."""
     start, config = time.time(), trainer.config
     folder = trainer.folder / suffix.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
@@ -57,7 +57,7 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
         about = {"seconds": round(time.time() - start, 1), "settings": settings}
         content = evaluation_json(result) | about | {"environment": environment(trainer.process.device)}
         write_json(trainer.folder / f"eval{suffix}.json", content)
-        title = f"averaged, {config.ema}" if suffix else ""
+        title = f"EMA, decay {config.ema}" if suffix else ""
         print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
         names, labels = trainer.dataset.class_names, test.labels
         examples = Examples(test.images, labels, test.levels)
@@ -69,7 +69,7 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
 def evaluated(
     trainer: Trainer, model: nn.Module, split: Split | FolderSplit, plan: AttackPlan, folder: Path | None
 ) -> Evaluation:
-    """An evaluation in --eval_norms with the radii of --eval_eps, its images shared out over the processes."""
+    """Evaluate in --eval_norms with the radii of --eval_eps, the images distributed over the processes. Raises Interrupted."""
     read = split.in_memory()
     examples = Examples(read.images, read.labels, read.levels)
     options = EvaluationOptions(trainer.process, trainer.config.batch_size_eval)

@@ -1,4 +1,4 @@
-"""RAMP's gradient projection (arXiv 2402.06827): an epoch's adversarial update takes what agrees of a natural one."""
+"""RAMP's gradient projection (arXiv 2402.06827): each epoch combines an update by natural (standard) and one by adversarial training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Phase = TypeVar("Phase")
 class GradientProjection:
     """An epoch's two halves, natural and adversarial training, both from the weights w at its start.
 
-    With g_n and g_a the changes of a layer's weights (here: of each parameter tensor) in the two, it becomes
-    w + beta max(cos(g_n, g_a), 0) g_n + (1 - beta) g_a. Buffers, as BatchNorm's statistics, are those of the adversarial half.
+    With g_n and g_a the changes of a layer's weights (here: of a parameter tensor) in the two halves, the weights become
+    w + beta max(cos(g_n, g_a), 0) g_n + (1 - beta) g_a. Buffers, such as BatchNorm's statistics, are those of the adversarial half.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, beta: float = BETA) -> None:
@@ -25,7 +25,7 @@ class GradientProjection:
         self.natural: dict[str, Tensor] = {}
 
     def halves(self, natural: Phase, adversarial: Phase, natural_done: bool) -> Iterator[Phase]:
-        """An epoch's two phases, or what is left of them; whoever takes them trains each for one pass over the data."""
+        """The remaining phases of an epoch, of two; the caller trains each for one pass over the data before it takes the next."""
         if not self.start:
             self.begin()
         if not natural_done:
@@ -55,7 +55,7 @@ class GradientProjection:
         self.start, self.natural = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Both halves so far."""
+        """Weights at the epoch's start and after its natural half, and the natural half's optimizer."""
         return {"start": self.start, "natural": self.natural, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

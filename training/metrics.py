@@ -1,4 +1,4 @@
-"""Loss, error and cost of an epoch, per norm, without making the device wait."""
+"""Loss, robust error and cost of an epoch, per norm, without synchronising with the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NonFiniteGuard:
         self.names = list(names)
 
     def check(self, step: str, loss: float, losses: Sequence[float]) -> None:
-        """step: which one, in words. losses: the sum of each row."""
+        """step: its name in the error. loss: of the whole step. losses: the sum of each row."""
         if not math.isfinite(loss):
             odd = [name for name, one in zip(self.names, losses, strict=True) if not math.isfinite(one)]
             raise NonFiniteError(f"the loss of {step}{' (' + ', '.join(odd) + ')' if odd else ''} is {loss}")
@@ -31,13 +31,13 @@ class NonFiniteGuard:
 
 @dataclass
 class PassCounter:
-    """Images that went forward through a network in this process, and back to their gradients."""
+    """Forward and backward passes in this process, counted in images."""
 
     forward: int = 0
     backward: int = 0
 
     def count(self, network: Network, trains: bool) -> Network:
-        """The network, its calls counted here; backward if it trains, else where the images require a gradient."""
+        """The network with its calls counted: a backward pass is counted if it trains, or if the images require a gradient."""
 
         def counted(x: torch.Tensor) -> Any:
             self.forward += len(x)
@@ -74,7 +74,7 @@ class EpochMetrics:
         self.start = time.time()
 
     def count_step(self, examples: int, local_examples: int) -> None:
-        """A step on so many examples, so many of them in this process."""
+        """Count a training step: its examples over all processes and in this one."""
         self.examples += examples
         self.local_examples += local_examples
         self.passes_of_steps = dict(vars(self.passes))
@@ -98,7 +98,8 @@ class EpochMetrics:
     def record(self, epoch: int, lr: float, running_errors: Sequence[float]) -> dict[str, Any]:
         """The epoch's line of metrics.jsonl. A norm that was not sampled has null for loss and error.
 
-        drawn: the norm's share of the adversarial examples. passes: through the network, per image.
+        loss and error are means over the norm's adversarial examples, error in [0, 1]. drawn: the fraction of adversarial examples that
+        count for the norm (sampled for it, or with MAX and MSD chosen). passes: forward and backward, per training image.
         """
         seconds = time.time() - self.start
         adversarial = float(self.sums[:-1, 2].sum())

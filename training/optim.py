@@ -1,4 +1,4 @@
-"""SGD with the published parameter groups, and averaged weights."""
+"""SGD with the published parameter groups, and the exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """SGD groups as published for training from scratch: decay for weights, none for biases and norm layers (all 1-d parameters).
 
-    lr_no_decay, if given, is the second group's constant rate (the published code's 1.0); else it follows the schedule.
+    lr_no_decay, if given, is the second group's constant learning rate (1.0 in the authors' code); else it follows the schedule.
     """
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -29,13 +29,13 @@ def parameter_groups(
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving averages of weights and BatchNorm's statistics, of which an update keeps the share `decay`; first a copy."""
+    """EMA of weights and BatchNorm statistics: decay * average + (1 - decay) * model after each training step; starts as a copy."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     return average.requires_grad_(False).eval()
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
-    """Set the rate of every parameter group but those marked `constant_lr`."""
+    """Set the learning rate of every parameter group except those marked `constant_lr`."""
     for group in optimizer.param_groups:
         if not group.get("constant_lr"):
             group["lr"] = lr

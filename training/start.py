@@ -32,7 +32,7 @@ from utils.run_folder import new_folder, write_json
 
 
 def configured(asked: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a command asks for; with --resume=RUN that of the run, with what may change."""
+    """The configuration of the given flags; with --resume=RUN the run's own, with the flags that may change replaced. Raises UsageError."""
     if not asked.get("resume"):
         return TrainConfig(**asked)
     with blame("--resume"):
@@ -64,18 +64,18 @@ def new_run(config: TrainConfig, content: dict[str, Any], env: dict[str, Any], s
 
 
 def resumed_run(folder: Path, content: dict[str, Any], epochs: int, env: dict[str, Any]) -> Path:
-    """The folder of the run to resume, with the metrics of its first so many epochs. Raises ValueError if it loaded something else."""
+    """Make a run's folder ready to resume: metrics.jsonl cut to the first `epochs`. Raises ValueError if network or data differ."""
     check_same(
         folder, {name: content[name] for name in ("network", "extra_content", "extra_fraction") if name in content}
     )
     cut_metrics(folder / "metrics.jsonl", epochs)
     if other := note_resumed(folder, env):
-        print(f"the run was started with another {', '.join(other)}: weights may differ from an undisturbed run's")
+        print(f"the run was started with another {', '.join(other)}: weights may differ from an uninterrupted run's")
     return folder
 
 
 def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn.Module, Spec]:
-    """The data set and the network that the flags name; a training state brings its own network. Raises UsageError."""
+    """Data set, model and the model's spec as the flags say, the model as the training state says if one is given. Raises UsageError."""
     torch.manual_seed(config.seed)
     model, spec = None, Spec()
     about: dict[str, Any] = state or {}
@@ -102,7 +102,7 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
 
 
 def check_model(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None:
-    """Raises UsageError unless the network takes the images and can be trained on the smallest batch."""
+    """Raises UsageError unless the network takes the images and, if a mini-batch may have one example, trains on one."""
     with blame("--model_name" if config.finetune_model else "--arch"), eval_mode(model):
         check_fits(model, dataset.shape, dataset.num_classes)
     if 1 in (config.batch_size, config.n_ex_train):

@@ -44,10 +44,10 @@ class Batch:
 
 
 class Trainer:
-    """What a training run consists of. `epoch` and `step` count what is done: the next is step `step` of epoch `epoch`, from 0.
+    """State of a training run. `epoch` and `step` count what is done: the next training step is number `step` of epoch `epoch`, from 0.
 
-    `attacked` is the model as the attack calls it, `trained` as the training step calls it (data-parallel, under autocast);
-    calls of both are counted.
+    `attacked` is the model as the attack calls it, `trained` the same model as the training step calls it, data-parallel; both are under
+    autocast with --amp, and their passes are counted.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Trainer:
         self.about["threats"] = {threat.norm: threat.eps for threat in self.scheme.threats}
         self.about |= {"image_size": config.image_size} if config.image_size else {}
         self.epoch = self.step = 0
-        self._pending: deque[tuple[str, AsyncScalars]] = deque()  # steps whose outcome is not on the host yet
+        self._pending: deque[tuple[str, AsyncScalars]] = deque()  # steps whose sums were not processed yet
         self._stop = False  # was a process asked to end?
 
     def _wrap_model(self) -> None:
@@ -88,7 +88,7 @@ class Trainer:
         self.no_sync_unless = partial(no_sync_unless, model=parallel)
 
     def store_in(self, folder: Path) -> None:
-        """Keep the run's files in this folder."""
+        """Set the run's folder, where training states and checkpoints go."""
         parts: dict[str, Stateful] = {"optimizer": self.optimizer, "scaler": self.scaler, "metrics": self.metrics}
         parts |= {"scheme": self.scheme}
         parts |= {"ema": self.ema} if self.ema else {}
@@ -104,7 +104,9 @@ class Trainer:
         return 2 if self.projection else 1
 
     def phases(self) -> Iterator[Phase]:
-        """What is left of the epoch: the scheme and optimizer of each pass over the data."""
+        """Scheme and optimizer of each remaining pass over the data of this epoch."""
+        if self.step == self.phases_per_epoch * self.batches_per_pass:
+            return  # resumed from a state saved after the epoch's last step, before its evaluation
         standard = Scheme(self.scheme.threats)
         if not self.projection:
             yield standard if self.epoch < self.config.init_epochs else self.scheme, self.optimizer
@@ -113,7 +115,7 @@ class Trainer:
         yield from self.projection.halves(natural, adversarial, natural_done=self.step >= self.batches_per_pass)
 
     def batches(self) -> Iterator[Batch]:
-        """What is left of the pass over the data. The index is the batch's own: a loader may read ahead of the steps."""
+        """The remaining mini-batches of this pass over the data, this process' part of each. Raises ValueError for a damaged image file."""
         first = self.step % self.batches_per_pass
         bar = tqdm(
             self.loader.epoch(self.epoch, first),
@@ -127,7 +129,7 @@ class Trainer:
             yield Batch(index, x, y, self.loader.num_examples(index))
 
     def attack(self, scheme: Scheme, batch: Batch) -> MicroBatches:
-        """The scheme's adversarial examples, in micro-batches; the model in eval mode, its parameters without gradients."""
+        """The scheme's adversarial examples, in micro-batches; the model in eval mode, no parameter gradients. Raises Interrupted."""
         rank, world_size = self.process.rank, self.process.world_size
         epoch_steps = self.phases_per_epoch * self.batches_per_pass
         draws = generator(self.config.seed, self.epoch, self.step)
@@ -140,12 +142,12 @@ class Trainer:
             return [(scheme.attack(self.attacked, *part), part[1]) for part in parts]
 
     def progress(self, batch: Batch) -> float:
-        """Share of the training that is done before this batch, in [0, 1): what the schedule depends on."""
+        """Fraction of training done before this batch, in [0, 1), for the learning-rate schedule."""
         done = self.epoch * self.batches_per_pass + batch.index
         return done / ((self.config.epochs or 1) * self.batches_per_pass)
 
     def before_step(self) -> None:
-        """Learn the outcome of all steps but the last; save the state when that is due. Raises Interrupted, NonFiniteError."""
+        """Process the sums of all steps but the last; save the state when due. Raises Interrupted, NonFiniteError, OSError."""
         self._collect(all_but=1)
         if self.process.world_size == 1:
             self.signals.check()
@@ -155,7 +157,7 @@ class Trainer:
             self.save()
 
     def after_step(self, sums: Tensor, batch: Batch) -> None:
-        """Buffers, averages and metrics after a training step that gave these sums."""
+        """After the optimizer step: average BatchNorm's buffers over processes, update the EMA, copy `sums` to the host without waiting."""
         if not self.config.sync_bn:
             average_buffers(self.model)
         if self.ema:
@@ -167,7 +169,7 @@ class Trainer:
         self.step += 1
 
     def _collect(self, all_but: int = 0) -> None:
-        """Take the outcome of the steps but the last so many; waits for the device if it has not finished them."""
+        """Process the sums of all pending steps but the last `all_but`; waits for the device if they are not on the host yet."""
         while len(self._pending) > all_but:
             step, scalars = self._pending.popleft()
             loss, *table, stop = scalars.numbers()
@@ -178,12 +180,12 @@ class Trainer:
             self.scheme.observe(rows[:-1, 1].tolist(), rows[:-1, 2].tolist())
 
     def epoch_record(self) -> dict[str, Any]:
-        """The finished epoch's line of metrics.jsonl. Raises NonFiniteError."""
+        """The epoch's record for metrics.jsonl, as EpochMetrics.record gives it. Raises NonFiniteError."""
         self._collect()
         return self.metrics.record(self.epoch + 1, self.optimizer.param_groups[0]["lr"], self.scheme.errors.rates())
 
     def next_epoch(self) -> None:
-        """Count an epoch that is over, and save the state."""
+        """Start the next epoch: reset step and metrics, save the state. Raises NonFiniteError, OSError."""
         self.epoch, self.step = self.epoch + 1, 0
         self.metrics.reset()
         self.save()
@@ -209,7 +211,7 @@ class Trainer:
 
 
 def training_data(config: TrainConfig, dataset: Dataset) -> Any:
-    """The images to train on, mixed with the extra ones if there are any."""
+    """The first --n_ex_train training images, mixed with --extra_data if given."""
     return mix(
         dataset.train.take(config.n_ex_train or 0), dataset.extra, config.batch_size, config.extra_fraction or 0.0
     )

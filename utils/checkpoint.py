@@ -45,7 +45,7 @@ def save_atomic(content: Any, path: Path) -> None:
 
 
 def save_with_digest(content: Any, stem: Path) -> Path:
-    """The same to STEM-DIGEST.pth, whose name ends with the first 16 letters of its SHA-256; `matches_digest` compares them."""
+    """The same to STEM-DIGEST.pth, whose name ends with the first 16 hex digits of its SHA-256; `matches_digest` checks them."""
     data = _saved(content)
     path = stem.with_name(f"{stem.name}-{hashlib.sha256(data).hexdigest()[:16]}.pth")
     write_atomic(data, path)
@@ -130,7 +130,7 @@ KEPT = 2  # states: a newer one that turns out to be damaged leaves the one befo
 
 
 class Stateful(Protocol):
-    """What an update changes: optimizers, scalers, networks, and what counts here."""
+    """Anything with state to resume from: optimizer, gradient scaler, scheme, metrics."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -145,7 +145,7 @@ class CheckpointManager:
     """Saves a run's state as folder/state_EPOCH_STEP-DIGEST.pth; says when, by its seconds, the next is due.
 
     A state is a checkpoint of the network (with what `about` says of it) that also holds `epoch`, `step` (both count what is done: the
-    next update is batch `step` of epoch `epoch`, from 0) and the state of each of `parts`. With writes=False nothing is ever written.
+    next training step is `step` of epoch `epoch`, from 0) and the state of each of `parts`. With writes=False nothing is ever written.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class CheckpointManager:
             part.load_state_dict(content["parts"][name])
 
     def forget(self) -> None:
-        """Delete the states of a run that is over."""
+        """Delete the training states, once the run is complete."""
         for path in state_files(self.folder) if self.writes else ():
             path.unlink()
 
@@ -195,7 +195,7 @@ def state_files(folder: Path) -> list[Path]:
 
 
 def newest_state(folder: Path) -> tuple[Path | None, list[Path]]:
-    """A run's newest state that is whole (None if it has none at all) and the newer ones, which are not. Raises ValueError if none is."""
+    """The newest undamaged state (None if there are no states) and the damaged newer ones. Raises ValueError if all are damaged."""
     damaged: list[Path] = []
     for path in reversed(state_files(folder)):
         if matches_digest(path):

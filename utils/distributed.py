@@ -38,7 +38,7 @@ def process_group(device: torch.device) -> Iterator[Process]:
     if "WORLD_SIZE" not in os.environ:
         yield Process(device)
         return
-    # A process may wait long for one with harder images; if one dies, torchrun ends the others.
+    # In an evaluation a process may wait long for one with harder images; if one dies, torchrun ends the others.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
         yield Process(device, dist.get_rank(), dist.get_world_size())
@@ -71,7 +71,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def run_on_rank0(function: Callable[[], T]) -> T:
-    """What the function gives in the first process, in all of them; where it raises ValueError or OSError, all raise ValueError."""
+    """Call the function on rank 0 and return its result on all ranks; its ValueError or OSError is a ValueError on all ranks."""
     if not dist.is_initialized():
         return function()
     box: list[Any] = [None, None]
@@ -88,7 +88,7 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Go on when every process is here."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -101,7 +101,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model to call in updates: its gradients are the mean over the processes. Buffers are left to `average_buffers`."""
+    """The model to call in training steps: its gradients are the mean over the processes. Buffers are left to `average_buffers`."""
     if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -125,7 +125,7 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with each BatchNorm's statistics taken over all processes' points; names of its state stay as they are."""
+    """The model with each BatchNorm's statistics taken over the examples of all processes; its state dict keeps its names."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if isinstance(model, _BatchNorm):
@@ -140,7 +140,7 @@ def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm over the points of all processes where torch's SyncBatchNorm, which is for CUDA, does not run."""
+    """BatchNorm over the examples of all processes on devices without torch.nn.SyncBatchNorm, which needs CUDA."""
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         pass

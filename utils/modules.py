@@ -1,4 +1,4 @@
-"""A network's mode and gradients, for the length of a block; random generators by key."""
+"""Context managers for eval mode and parameter gradients, random generators by key, non-blocking copies to the host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def no_param_grad(model: nn.Module) -> Iterator[nn.Module]:
-    """No parameter asks for a gradient inside, so that none is computed or kept for; each as it was after."""
+    """Inside, no parameter requires a gradient, so that autograd computes only those of the images; afterwards each is as it was."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -44,7 +44,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 class AsyncScalars:
-    """Numbers on their way from a CUDA device to the host, which goes on meanwhile (other devices are waited for)."""
+    """A non-blocking device-to-host copy of a tensor from CUDA; from other devices an ordinary copy."""
 
     def __init__(self, value: torch.Tensor) -> None:
         cuda = value.is_cuda
@@ -55,7 +55,7 @@ class AsyncScalars:
             self.arrived.record(torch.cuda.current_stream(value.device))
 
     def numbers(self) -> Any:
-        """The number, or nested lists of numbers; waits until they are here."""
+        """The copy as a number or nested lists; waits until it is complete."""
         if self.arrived:
             self.arrived.synchronize()
         return self.copy.tolist()

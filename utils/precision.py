@@ -1,4 +1,4 @@
-"""What passes cost: number formats, threads, and how a network is called in them."""
+"""Numeric precision (autocast, TF32), CPU threads and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast_model(model: Callable[[Tensor], Tensor], device: torch.device, amp: Amp) -> Callable[[Tensor], Tensor]:
-    """The network with its forward passes under autocast in that format: float32 images in, logits of that format out."""
+    """The network under autocast to that format: float32 images in, logits of that format out."""
     if amp == "off":
         return model
 
@@ -35,7 +35,7 @@ def check_amp(device: torch.device, amp: Amp) -> None:
 
 
 def set_up_torch(threads: int | None, tf32: bool) -> None:
-    """Freed memory is kept; number of CPU threads (None: PyTorch's choice); on NVIDIA cards TF32, and convolutions chosen by trial."""
+    """Keep freed memory, set CPU threads (None: PyTorch's choice); with tf32 also allow TF32 and cudnn.benchmark on NVIDIA GPUs."""
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 as it is inside, where figures are measured in batches of any size; TF32 again after, if it was on."""
+    """Inside, no TF32 and no cudnn.benchmark, so that figures do not depend on the batch size; afterwards as before."""
     before = torch.backends.cudnn.allow_tf32
     set_up_torch(None, tf32=False)
     try:

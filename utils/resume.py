@@ -1,4 +1,4 @@
-"""Where a run is resumed from, and that no other process works on it."""
+"""Find, lock and check the run to resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from utils.checkpoint import newest_state, write_atomic
 from utils.run_folder import read_json, write_json
 
-WAIT = 10.0  # seconds: processes that read data may outlive the one that was killed so long, and keep its lock
+WAIT = 10.0  # seconds to wait for a lock: data workers of a killed process may outlive it and hold its lock for a while
 REPRODUCED = ("commit", "packages", "device", "threads", "processes")  # with the same, weights are the same bit for bit
 
 
@@ -61,7 +61,7 @@ def newest_run(save_dir: str, wanted: Callable[[dict[str, Any]], bool]) -> Path 
 
 
 def lock_run(folder: Path, seconds: float) -> FileLock:
-    """The lock of a run's folder, which ends with this process however that ends. Raises ValueError if another holds it so long."""
+    """Lock a run's folder; the lock ends with this process in any case. Raises ValueError if another process holds it for `seconds`."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=seconds)
@@ -71,7 +71,7 @@ def lock_run(folder: Path, seconds: float) -> FileLock:
 
 
 def check_same(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raises ValueError unless config.json says the same of what was loaded."""
+    """Raises ValueError unless config.json records the same facts about what was loaded."""
     before = read_json(folder / "config.json")
     different = [name for name in facts if before.get(name) != json.loads(json.dumps(facts[name]))]
     if different:
@@ -79,7 +79,7 @@ def check_same(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def cut_metrics(path: Path, epochs: int) -> None:
-    """Keep the lines of the first so many epochs: what comes after is done again."""
+    """Keep the lines of the first `epochs` epochs of metrics.jsonl: later epochs are trained again."""
     if path.exists():
         kept = []
         for line in path.read_text().splitlines():
@@ -92,7 +92,7 @@ def cut_metrics(path: Path, epochs: int) -> None:
 
 
 def note_resumed(folder: Path, environment: dict[str, Any]) -> list[str]:
-    """Add this process to the run's env.json; in what it differs from the first one, so that weights may differ in their last bits."""
+    """Append this environment to env.json; names of its entries that differ from the first one's and may change weights by rounding."""
     content = read_json(folder / "env.json")
     write_json(folder / "env.json", content | {"resumed": [*content.get("resumed", []), environment]})
     return [name for name in REPRODUCED if content.get(name) != environment[name]]

@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, where it ran, what came out."""
+"""Folders of runs and results: names, JSON files, the environment of a process."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
-    """Paired differences in points of per cent with their 95 % intervals, a line each."""
+    """Paired differences in percentage points with their 95 % intervals, one line each."""
     lines = [f"difference to {other}, the same images, with 95 % interval"]
     lines += [
         f"  {name:<26}{r['difference']:+7.2f}     [{r['low']:+6.1f}, {r['high']:+6.1f}]" for name, r in rows.items()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: progress, the share of the whole training that is done, in [0, 1) -> learning rate."""
+"""Learning-rate schedules: functions from progress, the fraction of training done, in [0, 1), to a learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run where its state is whole."""
+"""SIGTERM and SIGINT end a run between training steps, where its state is consistent."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted where it comes: for long work that changes nothing the state holds."""
+        """Inside, a signal raises Interrupted where it comes: for long computations that do not change the training state."""
         self.check()
         self._at_once = True
         try:

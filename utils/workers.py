@@ -1,4 +1,4 @@
-"""Worker processes that make mini-batches ahead of time: they survive the signals meant for the main process, and end with it."""
+"""Worker processes that prefetch mini-batches: they ignore the signals meant for the main process, and end with it."""
 
 from __future__ import annotations
 
