@@ -35,8 +35,8 @@ from utils.cli import (
     floats,
     fraction,
     ints,
-    natural_float,
-    natural_int,
+    non_negative_float,
+    non_negative_int,
     positive_float,
     positive_int,
     words,
@@ -71,7 +71,7 @@ class Config:
     l_eps: tuple[float, ...] | None = _attack(None, "radius for each norm, for pixels in [0, 1], fractions allowed: '8/255 12' (the data set's)", floats)
     batch_size_eval: int = _eval(250, "images attacked at once in an evaluation (=)", positive_int, resumable=True)
     amp: Amp = _run("off", "bf16 or fp16 (CUDA only): forward passes under autocast; eval.py verifies adversarial examples in float32 (=: float32)", choices=AMPS)  # noqa: RUF009
-    seed: int = _run(0, "random seed of initial weights, shuffling, augmentation and sampled norms; in eval.py of the random starts (=)", natural_int)
+    seed: int = _run(0, "random seed of initial weights, shuffling, augmentation and sampled norms; in eval.py of the random starts (=)", non_negative_int)
     threads: int | None = _run(None, "CPU threads (PyTorch's choice: the cores)", positive_int, resumable=True)
     device: str = _run("auto", "auto, cpu, cuda, cuda:N or mps (=: the best there is)", resumable=True)
 
@@ -97,14 +97,14 @@ class TrainConfig(Config):
     epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", positive_int)
     lr_schedule: str | None = _opt(None, "piecewise, piecewise-ft, piecewise-A-B-..., superconverge (piecewise-70-10; fine-tuning: piecewise-ft)", dashed=True)
     lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning: preact-resnet18 0.05, others 0.01, on imagenet 0.005, XCiT 1e-4)", positive_float, dashed=True)
-    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", natural_float)
+    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", non_negative_float)
     lr_no_decay: float | None = _opt(None, "from scratch: constant learning rate of biases and norm layers, 1.0 in the authors' code (follows the schedule)", positive_float)
     grad_clip: float | None = _opt(None, "clip the gradient to this L2 norm (no limit)", positive_float)
     ema: float | None = _opt(None, "also keep an exponential moving average of the weights, with this decay, such as 0.999 (off)", fraction)
     sync_bn: bool = _opt(False, "BatchNorm statistics over all processes, as SyncBatchNorm (off)")
     loss: str = _opt("ce", "ce: cross-entropy; trades: clean cross-entropy and KL divergence to the adversarial output (=)", choices=["ce", "trades"])
     trades_beta: float | None = _opt(None, "weight of TRADES' KL divergence (6)", positive_float)
-    init_epochs: int = _opt(0, "standard training in the first N of the --epochs (=)", natural_int)
+    init_epochs: int = _opt(0, "standard training in the first N of the --epochs (=)", non_negative_int)
 
     attack: str | None = _attack(None, "train on adversarial examples of APGD (left out: standard training)", choices=["apgd"])
     l_norms: tuple[str, ...] | None = _attack(None, "norms to train for, with blanks between ('Linf L1'; sat, avg, max, msd: 'Linf L2 L1')", words)
@@ -114,7 +114,7 @@ class TrainConfig(Config):
     l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm (--at_iter)", ints)
     scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
 
-    eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", natural_int, resumable=True)
+    eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", non_negative_int, resumable=True)
     n_ex_eval: int = _eval(200, "training images, and test images, of --eval_freq (=)", positive_int, resumable=True)
     final_eval: bool = _eval(False, "the standard evaluation of eval.py at the end (off)", resumable=True)
     n_ex_final: int | None = _eval(None, "test images of --final_eval (1000, or all if there are fewer)", positive_int, resumable=True)
@@ -142,7 +142,7 @@ class EvalConfig(Config):
     attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=ATTACKS)
     n_iter: int = _attack(100, "steps of each APGD run, at least 4 (=)", positive_int)
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", positive_int)
-    n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", natural_int)
+    n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", non_negative_int)
     union_only: bool = _attack(False, "accuracy in the union alone: an example broken in one norm is not attacked in the others (off)")
     curve: bool = _attack(False, "also accuracy at radii from 0 to 2 eps, one APGD-CE each (off)")
     only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
@@ -385,7 +385,7 @@ def make_parser(config: type[Config], description: str | None) -> Parser:
         group = parser.add_argument_group("options of --multinorm")
         for name, option in _options().items():
             text = f"{option.help} ({option.from_scratch:g}; fine-tuning: {option.fine_tuning:g})"
-            add_flag(group, f"--{name}", type=natural_float, default=SUPPRESS, help=text)
+            add_flag(group, f"--{name}", type=non_negative_float, default=SUPPRESS, help=text)
     return parser
 
 
@@ -419,7 +419,7 @@ def config_from_json(content: Mapping[str, Any], folder: Path) -> TrainConfig:
         raise ValueError(f"{folder / 'config.json'} {old}")
     try:
         values = {each.name: _value(each, content[each.name]) for each in fields(TrainConfig) if each.name in names}
-        options = {name: natural_float(str(content[name])) for name in _options() if name in content}
+        options = {name: non_negative_float(str(content[name])) for name in _options() if name in content}
     except (ValueError, ArgumentTypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     return TrainConfig(**values, scheme_options=options)

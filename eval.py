@@ -105,7 +105,7 @@ def evaluate_and_report(
     # Rank 0 chooses the folder; its error is raised on all ranks.
     with blame("--resume" if config.resume else "--save_dir"):
         folder = run_on_rank0(lambda: folder_for(config.save_dir, parts, asked, config.resume))
-    if process.is_first:
+    if process.is_rank0:
         attacked = ", ".join(map(str, threats)) or "no attack"
         what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
         print(f"{what}: {attacked}; on {process.device}", flush=True)
@@ -113,7 +113,7 @@ def evaluate_and_report(
     options = EvaluationOptions(process, config.batch_size_eval, config.amp, config.curve)
     start, env = time.time(), environment(process.device)
     result = evaluate(model, examples, threats, attack_plan(config), options, folder)
-    if process.is_first:
+    if process.is_rank0:
         finish(result, config, baseline, folder, env | {"seconds": time.time() - start})
         shown = worst_examples(Network(model, process.device), examples, result, folder, data.class_names)
         content = read_json(folder / "eval.json")

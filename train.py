@@ -60,12 +60,12 @@ def train_epoch(trainer: Trainer) -> None:
         for batch in trainer.batches():
             trainer.before_step()
             set_lr(optimizer, trainer.lr_at(trainer.progress(batch)))
-            micro_batches = trainer.attack(scheme, batch)
+            micro_batches = trainer.adversarial_micro_batches(scheme, batch)
             optimizer.zero_grad()
             # Mean loss of the whole mini-batch: losses are summed here, and data parallelism averages gradients over the processes.
             weight = trainer.process.world_size / batch.size
             sums = forward_backward(
-                trainer.trained, scheme, micro_batches, weight, trainer.scaler, trainer.no_sync_unless
+                trainer.train_model, scheme, micro_batches, weight, trainer.scaler, trainer.no_sync_unless
             )
             optimizer_step(optimizer, trainer.scaler, trainer.config.grad_clip)
             trainer.after_step(sums, batch)
@@ -113,7 +113,7 @@ def finish_epoch(trainer: Trainer, board: Any) -> None:
         trainer.save()  # a run that ends in the evaluation resumes after the epoch's last step
         for suffix, model in trainer.networks().items():
             record[f"eval{suffix}"] = quick_evaluation(trainer, model)
-    if trainer.process.is_first:
+    if trainer.process.is_rank0:
         append_json_line(trainer.folder / "metrics.jsonl", record)
         print(console_line(record, config.epochs or 0), flush=True)
         if board:
@@ -137,7 +137,7 @@ def save_checkpoints(trainer: Trainer, epoch: int) -> None:
 
 def train(trainer: Trainer) -> None:
     """The remaining epochs, then the final evaluation; deletes the training states, which are no longer needed."""
-    board = tensorboard(trainer) if trainer.config.tensorboard and trainer.process.is_first else None
+    board = tensorboard(trainer) if trainer.config.tensorboard and trainer.process.is_rank0 else None
     while trainer.epoch < (trainer.config.epochs or 0):
         train_epoch(trainer)
         finish_epoch(trainer, board)
@@ -149,10 +149,7 @@ def train(trainer: Trainer) -> None:
 
 def train_or_say_how_to_resume(trainer: Trainer) -> None:
     """`train`, with errors as one line: exit code 143 or 130 after SIGTERM or SIGINT, 1 for a full disk or a loss that is not finite."""
-    script = Path(sys.argv[0]).name  # train.py, or one's own file that registers a scheme and calls main
-    script = script if script.endswith(".py") and script != "__main__.py" else "train.py"
-    program = f"torchrun ... {script}" if trainer.process.world_size > 1 else f"python {script}"
-    how = f"resume with: {program} --resume={trainer.folder}"
+    how = resume_command(trainer)
     try:
         if trainer.epoch == trainer.step == 0:
             trainer.save()  # there is a state from the start
@@ -163,7 +160,7 @@ def train_or_say_how_to_resume(trainer: Trainer) -> None:
             barrier()
             raise
     except Interrupted as end:
-        if trainer.process.is_first:
+        if trainer.process.is_rank0:
             done = f"batch {trainer.step} of epoch {trainer.epoch + 1}"
             print(f"{end}: the state after {done} is saved; {how}", flush=True)
         sys.exit(end.code)
@@ -175,8 +172,16 @@ def train_or_say_how_to_resume(trainer: Trainer) -> None:
         if trainer.process.world_size > 1:  # most often: another process ended
             print(f"train.py: {last_state(trainer.folder)}; {how}", file=sys.stderr)
         raise
-    if trainer.process.is_first:
+    if trainer.process.is_rank0:
         print(f"saved {trainer.folder / f'ep_{trainer.config.epochs}.pth'}")
+
+
+def resume_command(trainer: Trainer) -> str:
+    """In words: the command that resumes the run, of train.py or of one's own file that registers a scheme and calls `main`."""
+    name = Path(sys.argv[0]).name
+    script = name if name.endswith(".py") and name != "__main__.py" else "train.py"
+    program = "torchrun ..." if trainer.process.world_size > 1 else "python"
+    return f"resume with: {program} {script} --resume={trainer.folder}"
 
 
 def last_state(folder: Path) -> str:
@@ -227,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         trainer.store_in(folder)
         if state:
             trainer.restore(state)
-        if process.is_first:
+        if process.is_rank0:
             announce(trainer, differences(config, asked))
         train_or_say_how_to_resume(trainer)
     return folder

@@ -48,7 +48,7 @@ from config import make_parser as make_script_parser
 from data import number_of_batches
 from plot import read_records
 from utils.checkpoint import state_files
-from utils.cli import Parser, UsageError, add_flag, blame, natural_int, positive_int, usage_errors, words
+from utils.cli import Parser, UsageError, add_flag, blame, non_negative_int, positive_int, usage_errors, words
 from utils.resume import lock_run, newest_run
 from utils.run_folder import append_json_line, read_json
 from utils.signals import Interrupted, Signals
@@ -288,7 +288,7 @@ def add_result(path: Path, line: Line) -> None:
 
 def seed_list(text: str) -> tuple[int, ...]:
     """Whole numbers with blanks between, each once."""
-    return tuple(dict.fromkeys(natural_int(part) for part in words(text)))
+    return tuple(dict.fromkeys(non_negative_int(part) for part in words(text)))
 
 
 def scheme(text: str) -> tuple[str, str]:

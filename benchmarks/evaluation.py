@@ -25,7 +25,7 @@ from config import threats_of
 from data import load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate
 from models.pretrained import load_model
-from utils.cli import Parser, add_flag, floats, natural_int, positive_int, words
+from utils.cli import Parser, add_flag, floats, non_negative_int, positive_int, words
 from utils.distributed import Process, choose_device
 from utils.precision import Amp
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flag(parser, "--l_norms", type=words, default=list(NORMS), help="('Linf L2 L1')")
     add_flag(parser, "--l_eps", type=floats, help="a radius per norm (the data set's)")
     add_flag(parser, "--batch_size_eval", type=positive_int, default=250, help="points attacked at once (%(default)s)")
-    add_flag(parser, "--seed", type=natural_int, default=0, help="(%(default)s)")
+    add_flag(parser, "--seed", type=non_negative_int, default=0, help="(%(default)s)")
     add_flag(parser, "--device", default="auto", help="(%(default)s)")
     add_flag(parser, "--only", type=words, help=f"rows by number, 0 is {OTHER}, then {', '.join(OURS)} (all)")
     args = parser.parse_args(argv)

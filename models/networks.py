@@ -1,4 +1,4 @@
-"""The registry of networks: what --arch names is one `Network` object each, registered by a file of this folder."""
+"""The registry of networks: what --arch names is one `NetworkSpec` object each, registered by a file of this folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FINETUNE_LR = 0.01  # peak learning rate for fine-tuning, unless the network has
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSpec:
     """All that a network is: how it is built, the settings for flags left out, and how its plain state dict is recognised."""
 
     name: str  # as --arch takes it; words in capitals stand for numbers from 1 to 999: wide-resnet-DEPTH-WIDTH
@@ -39,17 +39,17 @@ class Network:
         return tuple(map(int, found.groups())) if found else None
 
 
-NETWORKS: dict[str, Network] = {}
+NETWORKS: dict[str, NetworkSpec] = {}
 
 
-def register_network(network: Network) -> None:
+def register_network(network: NetworkSpec) -> None:
     """Make a network known to --arch, --help, checkpoints and tests. Raises ValueError if the name is taken."""
     if network.name in NETWORKS:
         raise ValueError(f"there is a network {network.name} already")
     NETWORKS[network.name] = network
 
 
-def find_network(arch: str) -> Network | None:
+def find_network(arch: str) -> NetworkSpec | None:
     """The registered network that a name or a spec's `arch` means; None for one from elsewhere (RobustBench, one's own function)."""
     return next((network for network in NETWORKS.values() if network.numbers(arch) is not None), None)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import ACTIVATIONS, PreActBlock, normalise
-from models.networks import Network, Spec, StateDict, register_network
+from models.networks import NetworkSpec, Spec, StateDict, register_network
 
 
 class PreActResNet18(nn.Module):
@@ -49,7 +49,7 @@ def _recognise(state: StateDict) -> Spec | None:
 
 
 register_network(
-    Network(
+    NetworkSpec(
         name="preact-resnet18",
         summary="PreAct ResNet-18 with softplus, the paper's",
         build=PreActResNet18,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import ACTIVATIONS, PreActBlock, normalise
-from models.networks import Network, Spec, StateDict, register_network
+from models.networks import NetworkSpec, Spec, StateDict, register_network
 
 
 class WideResNet(nn.Module):
@@ -63,7 +63,7 @@ def _recognise(state: StateDict) -> Spec | None:
 
 
 register_network(
-    Network(
+    NetworkSpec(
         name="wide-resnet-DEPTH-WIDTH",
         summary="wide residual network, such as wide-resnet-28-10",
         build=WideResNet,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import eval as eval_script
 import train
-from models import NETWORKS, Network, build_model, find_network, new_spec, register_network
+from models import NETWORKS, NetworkSpec, build_model, find_network, new_spec, register_network
 from models.networks import describe_networks
 from models.pretrained import load_model, rebuild
 from utils.checkpoint import load_tensors
@@ -41,7 +41,7 @@ def recognise_toy(state: dict[str, Tensor]) -> dict[str, object] | None:
     return {"arch": f"toy-{features}", "num_classes": len(state["last.weight"]), "in_channels": in_channels}
 
 
-TOY = Network(
+TOY = NetworkSpec(
     name="toy-FEATURES",
     summary="a network of two layers",
     build=Toy,
@@ -65,7 +65,7 @@ networks = pytest.mark.parametrize("network", [*NETWORKS.values(), TOY], ids=lam
 
 @networks
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8)])
-def test_logits(network: Network, shape: tuple[int, int, int]) -> None:
+def test_logits(network: NetworkSpec, shape: tuple[int, int, int]) -> None:
     with torch.device("meta"):
         model = build_model(**network.small, num_classes=7, in_channels=shape[0])
         assert model(torch.empty(2, *shape)).shape == (2, 7)
@@ -73,7 +73,7 @@ def test_logits(network: Network, shape: tuple[int, int, int]) -> None:
 
 
 @networks
-def test_a_plain_state_dict_and_a_checkpoint_tell_their_network(network: Network) -> None:
+def test_a_plain_state_dict_and_a_checkpoint_tell_their_network(network: NetworkSpec) -> None:
     torch.manual_seed(0)
     model, spec = build_model(**network.small, **SIZES).eval(), new_spec(**network.small, **SIZES)
     torch.save(model.state_dict(), "plain.pth")
@@ -89,7 +89,7 @@ def test_a_plain_state_dict_and_a_checkpoint_tell_their_network(network: Network
 
 
 @networks
-def test_trained_fine_tuned_and_evaluated(network: Network) -> None:
+def test_trained_fine_tuned_and_evaluated(network: NetworkSpec) -> None:
     size = [f"--{name}={value}" for name, value in network.small.items()]
     folder = train.main([*RUN, *size])
     config, content = json.loads((folder / "config.json").read_text()), load_tensors(folder / "ep_1.pth")
@@ -111,7 +111,7 @@ def test_trained_fine_tuned_and_evaluated(network: Network) -> None:
 
 
 @networks
-def test_help_and_errors_name_it(network: Network, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_errors_name_it(network: NetworkSpec, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{network.name} ({network.summary})" in describe_networks()
     with pytest.raises(ValueError, match=network.name):
         build_model("resnet50")

@@ -34,7 +34,7 @@ def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
         plan = AttackPlan("fast", seed=trainer.config.seed)
         figures[name] = evaluated(trainer, model, split.take(trainer.config.n_ex_eval), plan, folder).accuracies()
         barrier()
-        if folder and trainer.process.is_first:
+        if folder and trainer.process.is_rank0:
             shutil.rmtree(folder)
     return figures
 
@@ -46,7 +46,7 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
     test, plan = trainer.dataset.test.take(config.n_ex_final or 0).in_memory(), AttackPlan(seed=config.seed)
     result = evaluated(trainer, model, test, plan, folder)
-    if trainer.process.is_first:
+    if trainer.process.is_rank0:
         network = f"{trainer.folder}/ep_{config.epochs}{suffix}.pth"
         settings = asdict(config) | {
             "model_name": network,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from utils.checkpoint import NonFiniteError
 
-Network = Callable[[torch.Tensor], Any]
+Model = Callable[[torch.Tensor], Any]
 
 
 class NonFiniteGuard:
@@ -36,7 +36,7 @@ class PassCounter:
     forward: int = 0
     backward: int = 0
 
-    def count(self, network: Network, trains: bool) -> Network:
+    def count(self, network: Model, trains: bool) -> Model:
         """The network with its calls counted: a backward pass is counted if it trains, or if the images require a gradient."""
 
         def counted(x: torch.Tensor) -> Any:

@@ -46,8 +46,8 @@ class Batch:
 class Trainer:
     """State of a training run. `epoch` and `step` count what is done: the next training step is number `step` of epoch `epoch`, from 0.
 
-    `attacked` is the model as the attack calls it, `trained` the same model as the training step calls it, data-parallel; both are under
-    autocast with --amp, and their passes are counted.
+    `attack_model` is the model as the attack calls it, `train_model` as the training step calls it (data-parallel); both are
+    under autocast and count their passes.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Trainer:
         config, device = self.config, self.process.device
         compiled: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
         parallel = data_parallel(compiled, device)
-        self.attacked = self.metrics.passes.count(autocast_model(compiled, device, config.amp), trains=False)
-        self.trained = self.metrics.passes.count(autocast_model(parallel, device, config.amp), trains=True)
+        self.attack_model = self.metrics.passes.count(autocast_model(compiled, device, config.amp), trains=False)
+        self.train_model = self.metrics.passes.count(autocast_model(parallel, device, config.amp), trains=True)
         self.no_sync_unless = partial(no_sync_unless, model=parallel)
 
     def store_in(self, folder: Path) -> None:
@@ -95,7 +95,7 @@ class Trainer:
         parts |= {"projection": self.projection} if self.projection else {}
         self.folder = folder
         self.checkpoints = CheckpointManager(
-            folder, self.model, self.about, parts, 60 * self.config.save_every, self.process.is_first
+            folder, self.model, self.about, parts, 60 * self.config.save_every, self.process.is_rank0
         )
 
     @property
@@ -123,12 +123,12 @@ class Trainer:
             initial=first,
             desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
             leave=False,
-            disable=None if self.process.is_first else True,
+            disable=None if self.process.is_rank0 else True,
         )
         for index, (x, y) in enumerate(bar, start=first):
             yield Batch(index, x, y, self.loader.num_examples(index))
 
-    def attack(self, scheme: Scheme, batch: Batch) -> MicroBatches:
+    def adversarial_micro_batches(self, scheme: Scheme, batch: Batch) -> MicroBatches:
         """The scheme's adversarial examples, in micro-batches; the model in eval mode, no parameter gradients. Raises Interrupted."""
         rank, world_size = self.process.rank, self.process.world_size
         epoch_steps = self.phases_per_epoch * self.batches_per_pass
@@ -139,7 +139,7 @@ class Trainer:
         # A signal may end the attack at once where no other process waits for this one.
         at_once = self.signals.at_once() if world_size == 1 else nullcontext()
         with eval_mode(self.model), no_param_grad(self.model), at_once:
-            return [(scheme.attack(self.attacked, *part), part[1]) for part in parts]
+            return [(scheme.attack(self.attack_model, *part), part[1]) for part in parts]
 
     def progress(self, batch: Batch) -> float:
         """Fraction of training done before this batch, in [0, 1), for the learning-rate schedule."""

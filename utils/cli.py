@@ -103,7 +103,7 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def natural_int(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     if not text.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"give a whole number of at least 0, not {text!r}")
@@ -126,7 +126,7 @@ def fraction(text: str) -> float:
     return value
 
 
-def natural_float(text: str) -> float:
+def non_negative_float(text: str) -> float:
     """A finite number of at least 0."""
     value = _number(text)
     if value < 0:

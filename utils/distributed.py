@@ -27,7 +27,7 @@ class Process:
     world_size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Does this process write and print?"""
         return self.rank == 0
 
