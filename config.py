@@ -111,7 +111,7 @@ class TrainConfig(Config):
     multinorm: str | None = _attack(None, summaries, choices=SCHEMES)
     gradient_projection: bool = _attack(False, "RAMP's: each epoch is a pass of standard and a pass of adversarial training, whose updates are combined (off)")
     at_iter: int | None = _attack(None, "attack steps, in every norm (10; fine-tuning on imagenet: 5, L1 15)", positive_int)
-    l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm (--at_iter)", ints)
+    l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm; goes before --at_iter (--at_iter)", ints)
     scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
 
     eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", non_negative_int, resumable=True)
@@ -167,7 +167,6 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("init_epochs", lambda c: not c.attack and c.init_epochs, NO_ATTACK),
     ("loss", lambda c: not c.attack and c.loss != "ce", NO_ATTACK),
     ("init_epochs", lambda c: c.init_epochs and c.gradient_projection, "with --gradient_projection half of every epoch is standard training, leave this flag out"),
-    ("at_iter", lambda c: c.at_iter and any(n != c.at_iter for n in c.l_iters or ()), "give --at_iter for all norms or --l_iters, one for each, not both"),
     ("trades_beta", lambda c: c.trades_beta and c.loss != "trades", "it is the weight in TRADES' loss, add --loss=trades"),
     ("ema", lambda c: c.ema and c.gradient_projection, "with --gradient_projection weights are combined once an epoch, leave this flag out"),
     ("tensorboard", lambda c: c.tensorboard and find_spec("tensorboard") is None, "the package is missing: pip install tensorboard"),

@@ -46,6 +46,7 @@ IMAGENET = (*TUNE, "--dataset=imagenet")
         (["--attack=apgd", "--at_iter=7", "--l_norms=L2"], {"l_iters": (7,), "eval_eps": (8 / 255, 0.5, 12.0)}),
         (["--attack=apgd", "--multinorm=ramp"], {"scheme_options": {"ramp_lambda": 2.0}}),
         (["--attack=apgd", "--loss=trades"], {"trades_beta": 6.0}),
+        (["--attack=apgd", "--at_iter=7", "--l_iters=3 5"], {"l_iters": (3, 5)}),
         (["--dataset=digits"], {"width": 16, "act": "softplus1"}),
         (["--arch=wide-resnet-28-10"], {"width": None, "act": "relu"}),
         (TUNE, {"epochs": 3, "lr_schedule": "piecewise-ft", "save_freq": 1, "l_iters": (10, 10), "arch": None}),

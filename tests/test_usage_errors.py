@@ -89,7 +89,6 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--amp=fp16", "--device=cpu"], "--amp", "bf16"),
     ([*DIGITS, "--amp=half"], "--amp", "bf16"),
     ([*DIGITS, "--threads=0"], "--threads", "at least 1"),
-    ([*APGD, "--at_iter=7", "--l_iters=1 2"], "--at_iter", "not both"),
     ([*DIGITS, "--multinorm=max"], "--multinorm", "--attack=apgd"),
     ([*APGD, "--multinorm=best"], "--multinorm", "eat-mixed"),
     ([*APGD, "--multinorm=ramp", "--l_norms=Linf L2 L1"], "--multinorm", "two norms"),
