@@ -8,7 +8,7 @@ CODE := attacks evaluation training models utils config.py data.py train.py eval
 .PHONY: demo test test-slow bench lint clean
 
 .venv/.run: requirements-tested.txt
-	@echo "installing into .venv: about 5.6 GB with torch's CUDA build on Linux, downloaded once (make's first lines: a CPU build)"
+	@echo "installing into .venv: about 6 GB with torch's CUDA build on Linux, downloaded once (make's first lines: a CPU build)"
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet $(INDEX) -r requirements-tested.txt
 	touch $@
