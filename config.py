@@ -51,8 +51,9 @@ LATEST = ""  # what --resume alone stands for: the newest run of this command
 
 
 def summaries() -> str:
-    """Help of --multinorm."""
-    return f"scheme for several norms: {'; '.join(f'{name} {each.summary}' for name, each in SCHEMES.items())} (eat)"
+    """What follows the flags in --help: a line for each scheme."""
+    width = max(map(len, SCHEMES))
+    return "\n".join(["schemes:", *(f"  {name:<{width}}  {scheme.summary}" for name, scheme in SCHEMES.items())])
 
 
 def networks() -> str:
@@ -108,7 +109,7 @@ class TrainConfig(Config):
 
     attack: str | None = _attack(None, "train on adversarial examples of APGD (left out: standard training)", choices=["apgd"])
     l_norms: tuple[str, ...] | None = _attack(None, "norms to train for, with blanks between ('Linf L1'; sat, avg, max, msd: 'Linf L2 L1')", words)
-    multinorm: str | None = _attack(None, summaries, choices=SCHEMES)
+    multinorm: str | None = _attack(None, "scheme for several norms, as listed below (eat)", choices=SCHEMES)
     gradient_projection: bool = _attack(False, "RAMP's: each epoch is a pass of standard and a pass of adversarial training, whose updates are combined (off)")
     at_iter: int | None = _attack(None, "attack steps, in every norm (10; fine-tuning on imagenet: 5, L1 15)", positive_int)
     l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm; goes before --at_iter (--at_iter)", ints)
@@ -378,9 +379,12 @@ def checked_eval(config: EvalConfig) -> EvalConfig:
 
 def make_parser(config: type[Config], description: str | None) -> Parser:
     """The command line of train.py (TrainConfig) or eval.py (EvalConfig)."""
-    parser = Parser(prog="train.py" if config is TrainConfig else "eval.py", description=description)
+    train = config is TrainConfig
+    parser = Parser(
+        prog="train.py" if train else "eval.py", description=description, epilog=summaries() if train else None
+    )
     add_fields(parser, config, GROUPS)
-    if config is TrainConfig:
+    if train:
         group = parser.add_argument_group("options of --multinorm")
         for name, option in _options().items():
             text = f"{option.help} ({option.from_scratch:g}; fine-tuning: {option.fine_tuning:g})"
