@@ -288,7 +288,7 @@ def _with_evaluation(config: TrainConfig) -> TrainConfig:
 def check_norms(name: str, norms: Sequence[str]) -> None:
     """Raises UsageError, of the flag `name`, for a norm that is unknown or named twice."""
     with blame(name):
-        threats(norms, [1.0] * len(norms))
+        threats(norms, [0.5] * len(norms))
 
 
 def threats_of(

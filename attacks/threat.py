@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .norms import NORMS, NormSpec
 
+SMALLEST = 1e-6  # radius; float32 pixels are rounded to about 1e-7
+
 
 @dataclass(frozen=True)
 class Threat:
@@ -44,9 +46,18 @@ class Threat:
 
 
 def threats(norms: Sequence[str], radii: Sequence[float]) -> list[Threat]:
-    """One threat model per norm, with its radius in pixels of [0, 1]. Raises ValueError."""
+    """One threat model per norm, with its radius for pixels in [0, 1].
+
+    Raises ValueError for a norm named twice, another number of radii, and radii that must be a slip: the whole box, or below rounding.
+    """
     if len(set(norms)) != len(norms):
         raise ValueError(f"each norm may be named once, got {' '.join(norms)}")
     if len(radii) != len(norms):
         raise ValueError(f"one radius for each norm is needed: {len(norms)} ({' '.join(norms)}), got {len(radii)}")
-    return [Threat(norm, radius) for norm, radius in zip(norms, radii, strict=True)]
+    found = [Threat(norm, radius) for norm, radius in zip(norms, radii, strict=True)]
+    for threat in found:
+        if threat.spec.per_pixel and threat.eps >= 1:
+            raise ValueError(f"{threat} is the whole box, as pixels are in [0, 1]; did you mean {threat.eps:g}/255?")
+        if threat.eps < SMALLEST:
+            raise ValueError(f"a radius of {threat.eps:g} in {threat.norm} is below {SMALLEST:g}, which rounding hides")
+    return found

@@ -82,6 +82,13 @@ def test_threats_of_a_data_set() -> None:
         threats_of("cifar10", ["L1", "L7"], None)
 
 
+def test_radii_that_must_be_a_slip() -> None:
+    for norm, eps, word in (("Linf", 8.0, "8/255"), ("Linf", 1.0, "whole box"), ("L2", 1e-7, "rounding")):
+        with pytest.raises(ValueError, match=word):
+            threats([norm], [eps])
+    assert threats(["Linf", "L2", "L1"], [0.99, 1e-6, 3000.0])[1].eps == 1e-6
+
+
 def test_threats() -> None:
     assert threats(["L1", "Linf"], [3.0, 0.1]) == [Threat("L1", 3.0), Threat("Linf", 0.1)]
     with pytest.raises(ValueError, match="once"):
