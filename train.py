@@ -56,6 +56,7 @@ from utils.signals import Interrupted, Signals
 def train_epoch(trainer: Trainer) -> None:
     """The rest of the current epoch: one pass over the training set, two with --gradient_projection. Raises Interrupted, NonFiniteError."""
     trainer.model.train()
+    # One phase; RAMP's gradient projection has two, and combines their weights when the loop is over.
     for scheme, optimizer in trainer.phases():
         for batch in trainer.batches():
             trainer.before_step()
