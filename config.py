@@ -485,6 +485,7 @@ NAMED = (
     "seed",
     "notes_run",
 )
+ATTACK_FLAGS = [each.name for each in fields(TrainConfig) if each.metadata.get("group") == "attack"]
 UNSAID = (None, "", "preact-resnet18", "eat", "ce")
 
 
@@ -509,7 +510,8 @@ def run_name(config: TrainConfig, asked: Mapping[str, Any]) -> list[str]:
         start = [f"from-{Path(config.model_name or '').name.removesuffix('.pth')}"]
     attack = [config.attack, config.multinorm, "-".join(config.l_norms or ())] if config.attack else ["no-attack"]
     words = [word for word in (config.dataset, *start, *attack, config.loss) if word not in UNSAID]
-    others = {name: value for name, value in differences(config, asked).items() if name not in (*NAMED, *RESUMABLE)}
+    unnamed = {*NAMED, *RESUMABLE, *(() if config.attack else ATTACK_FLAGS)}
+    others = {name: value for name, value in differences(config, asked).items() if name not in unnamed}
     more = [f"{name}-{_short(value)}" for name, value in others.items()]
     return [*map(str, words), *more, f"seed{config.seed}", *([config.notes_run] if config.notes_run else [])]
 

@@ -124,6 +124,7 @@ def test_only_what_leaves_the_weights_alone_may_change_in_a_resumed_run() -> Non
             ["--attack=apgd", "--multinorm=ramp", "--ramp_lambda=3"],
             "cifar10 from-scratch apgd ramp Linf-L1 ramp_lambda-3 seed0",
         ),
+        (["--l_norms=L2", "--l_eps=0.3", "--at_iter=3"], "cifar10 from-scratch no-attack seed0"),
         (["--seed=4", "--notes_run=x", "--device=cpu"], "cifar10 from-scratch no-attack seed4 x"),
     ],
 )
