@@ -182,7 +182,7 @@ EVAL_RULES: Rules = (
 )
 # fmt: on
 
-# Defaults: settings of arXiv 2105.12508, section 5 and appendix A (save_freq is ours).
+# Defaults: settings of arXiv 2105.12508 (save_freq is ours).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "from scratch": {"epochs": 80, "lr_schedule": "piecewise-70-10", "weight_decay": 5e-4, "save_freq": 10},
     "fine-tuning": {"epochs": 3, "lr_schedule": "piecewise-ft", "weight_decay": 5e-4, "save_freq": 1},
@@ -440,7 +440,7 @@ def _value(flag: Field[Any], content: Any) -> Any:
         flag.default is False and not isinstance(value, bool)
     ):
         raise ValueError(
-            f"{flag.name} is {content!r}, which is unknown here (a file of yours that registers it has to be run?)"
+            f"{flag.name} is {content!r}, which is unknown here; if a file of yours registers it, resume with that file"
         )
     return value
 
@@ -459,7 +459,7 @@ def resumed(saved: TrainConfig, asked: Mapping[str, Any], folder: Path) -> Train
     different = [name for name in new if name not in ("scheme_options", *RESUMABLE) and new[name] != before.get(name)]
     if different:
         raise ValueError(f"{folder} was started with another {', '.join(different)}: leave it as it was")
-    return replace(saved, **asked)
+    return replace(saved, **{name: value for name, value in asked.items() if name in RESUMABLE})  # the rest is the same
 
 
 def same_command(asked: Mapping[str, Any], others: Mapping[str, Any]) -> bool:

@@ -32,14 +32,14 @@ from config import EvalConfig, checked_eval, flags_given, make_parser, threats_o
 from data import Dataset, FolderSplit, Split, load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
-from evaluation.statistics import evaluation_json, paired, robustbench_fields
+from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields
 from models.pretrained import Loaded, check_fits, load_model
 from models.robustbench_zoo import published_preparation
 from utils.checkpoint import fingerprint, tensors_fingerprint
 from utils.cli import UsageError, blame, usage_errors
 from utils.distributed import Process, choose_device, local_device, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.run_folder import difference_table, environment, folder_for, read_json, write_json
+from utils.run_folder import environment, folder_for, read_json, write_json
 
 # An evaluation is resumed only if none of these changed. Not the device, the batch size or the number of processes.
 IDENTITY = (

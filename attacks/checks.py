@@ -31,7 +31,7 @@ def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
         "the network's outputs look like probabilities: a softmax hides gradients, return the logits": probabilities,
         f"{classes} classes: the targeted DLR loss needs four, so the difference of two logits takes its place in APGD-T": few,
         "the network is in train mode or changes while it is evaluated: its answer depends on the batch": trains,
-        f"the gradient of the cross-entropy is zero at {100 * flat:.0f} % of the points looked at: APGD cannot move there; "
+        f"the gradient of the cross-entropy is zero at {100 * flat:.0f} % of the images looked at: APGD cannot move there; "
         "--attacks=autoattack adds Square, which needs no gradient": flat > 0.05,
     }
     return [warning for warning, deserved in found.items() if deserved]
@@ -44,7 +44,7 @@ def result_warnings(evaluation: Evaluation) -> list[str]:
         apgd = [number for number, run in enumerate(log.runs) if run.kind in ("CE", "T")]
         broken = int((log.broken_by == apgd[-1]).sum()) if len(apgd) > 1 else 0
         if broken > max(1, len(evaluation.clean) / 100):
-            last = f"{threat}: the last of {len(apgd)} runs still broke {broken} points"
+            last = f"{threat}: the last of {len(apgd)} runs still broke {broken} images"
             found.append(f"{last}; give it more (--n_restarts, --n_targets, --n_iter)")
     return found
 

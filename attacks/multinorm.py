@@ -61,6 +61,10 @@ class Scheme:
     def __init__(
         self, threats: Sequence[Threat], n_iters: Sequence[int] = (), options: Mapping[str, float] | None = None
     ) -> None:
+        if self.same_n_iter and len(set(n_iters)) > 1:
+            raise ValueError(
+                f"{self.name} is one attack for all norms: give one number of steps for all, got {list(n_iters)}"
+            )
         self.threats, self.n_iters = tuple(threats), tuple(n_iters)
         self.attacks = [partial(apgd, threat=t, n_iter=n) for t, n in zip(self.threats, self.n_iters, strict=False)]
         self.errors = RunningErrors(len(self.threats))
@@ -236,13 +240,6 @@ class MultiSteepestDescent(Scheme):
     summary = "one attack that takes at each step the norm of highest loss"
     norms = ("Linf", "L2", "L1")
     same_n_iter = True
-
-    def __init__(
-        self, threats: Sequence[Threat], n_iters: Sequence[int] = (), options: Mapping[str, float] | None = None
-    ) -> None:
-        super().__init__(threats, n_iters, options)
-        if len(set(n_iters)) > 1:
-            raise ValueError(f"msd is one attack for all norms: give one number of steps for all, got {list(n_iters)}")
 
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
         """MSD's adversarial examples, each counted for the threat whose step led to it."""

@@ -64,6 +64,15 @@ def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str
     return rows
 
 
+def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
+    """Paired differences in percentage points with their 95 % intervals, one line each."""
+    lines = [f"difference to {other}, the same images, with 95 % interval"]
+    lines += [
+        f"  {name:<26}{r['difference']:+7.2f}     [{r['low']:+6.1f}, {r['high']:+6.1f}]" for name, r in rows.items()
+    ]
+    return "\n".join(lines)
+
+
 def robustbench_fields(content: dict[str, Any], norm: str) -> dict[str, Any]:
     """The fields of RobustBench's model_info/DATASET/NORM/ID.json; null where a person must fill them in."""
     settings, accuracy, eps = content["settings"], content["accuracy"], content["norms"][norm]["eps"]

@@ -57,9 +57,8 @@ class Store(EvaluationCallback):
     def progress(self, threat: Threat, done: int, total: int, status: str) -> None:
         if not self.show:
             return
-        self.bar = self.bar or tqdm(
-            total=total, initial=done, unit="run", leave=False, disable=None
-        )  # no bar in a file
+        # disable=None: no bar where stderr is no terminal
+        self.bar = self.bar or tqdm(total=total, initial=done, unit="run", leave=False, disable=None)
         self.bar.set_description(f"{threat}, {status}", refresh=False)
         self.bar.update(done - self.bar.n)
         if done == total:

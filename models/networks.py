@@ -31,7 +31,7 @@ class NetworkSpec:
     small: Spec  # the arguments of build_model for one that the tests can train in seconds
     act: str = "relu"  # activation
     width: int | None = None  # channels of the first stage; None: --width has no meaning
-    finetune_lr: float = FINETUNE_LR  # peak learning rate for fine-tuning (arXiv 2105.12508, appendix A)
+    finetune_lr: float = FINETUNE_LR  # peak learning rate for fine-tuning
 
     def numbers(self, arch: str) -> tuple[int, ...] | None:
         """The numbers in `arch`, in the place of the capitals; None if it is no name of this network."""

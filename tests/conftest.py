@@ -97,3 +97,26 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., F
     for process in started:
         process.kill()
         process.join()
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """cut_off(steps, *flags): train.py, ended by an error of the system after so many optimizer steps."""
+    import train
+
+    def run(steps: int, *flags: str) -> None:
+        done, optimizer_step = [], train.optimizer_step
+
+        def step(*args: object) -> None:
+            if len(done) == steps:
+                raise ConnectionResetError
+            done.append(1)
+            optimizer_step(*args)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "optimizer_step", step)
+            with pytest.raises(SystemExit):
+                train.main(flags)
+        assert len(done) == steps
+
+    return run

@@ -166,5 +166,7 @@ def test_config_json_edited_by_hand_is_read_as_the_flags_are(name: str, value: A
 def test_an_option_of_a_scheme_is_part_of_the_run() -> None:
     saved = config("--attack=apgd", "--multinorm=ramp", "--ramp_lambda=3")
     assert resumed(saved, given("--ramp_lambda=3"), Path("run")).scheme_options == {"ramp_lambda": 3.0}
+    two = replace(saved, scheme_options={"ramp_lambda": 3.0, "other": 5.0})
+    assert resumed(two, given("--ramp_lambda=3"), Path("run")).scheme_options == two.scheme_options
     with pytest.raises(ValueError, match="another ramp_lambda"):
         resumed(saved, given("--ramp_lambda=1"), Path("run"))

@@ -75,7 +75,8 @@ class Trainer:
         self.about["threats"] = {threat.norm: threat.eps for threat in self.scheme.threats}
         self.about |= {"image_size": config.image_size} if config.image_size else {}
         self.epoch = self.step = 0
-        self._pending: deque[tuple[str, AsyncScalars]] = deque()  # steps whose sums were not processed yet
+        # A step's sums are read one step later, so that the host never waits for the GPU; E-AT's probabilities lag by that step.
+        self._pending: deque[tuple[str, AsyncScalars]] = deque()
         self._stop = False  # was a process asked to end?
 
     def _wrap_model(self) -> None:
@@ -139,7 +140,7 @@ class Trainer:
         # A signal may end the attack at once where no other process waits for this one.
         at_once = self.signals.at_once() if world_size == 1 else nullcontext()
         with eval_mode(self.model), no_param_grad(self.model), at_once:
-            return [(scheme.attack(self.attack_model, *part), part[1]) for part in parts]
+            return [(scheme.attack(self.attack_model, x, y, sampled), y) for x, y, sampled in parts]
 
     def progress(self, batch: Batch) -> float:
         """Fraction of training done before this batch, in [0, 1), for the learning-rate schedule."""

@@ -138,15 +138,6 @@ def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
-    """Paired differences in percentage points with their 95 % intervals, one line each."""
-    lines = [f"difference to {other}, the same images, with 95 % interval"]
-    lines += [
-        f"  {name:<26}{r['difference']:+7.2f}     [{r['low']:+6.1f}, {r['high']:+6.1f}]" for name, r in rows.items()
-    ]
-    return "\n".join(lines)
-
-
 def _version(name: str) -> str:
     try:
         return version(name)
