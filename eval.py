@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from attacks.results import AttackPlan, Evaluation, table
+from attacks.results import AttackPlan, table
 from attacks.standard import Examples, Network
 from attacks.threat import Threat
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
@@ -114,9 +114,12 @@ def evaluate_and_report(
     start, env = time.time(), environment(process.device)
     result = evaluate(model, examples, threats, attack_plan(config), options, folder)
     if process.is_rank0:
-        finish(result, config, baseline, folder, env | {"seconds": time.time() - start})
+        about = {"seconds": round(time.time() - start, 1), "settings": asdict(config), "environment": env}
+        content = evaluation_json(result) | about
+        if baseline:
+            content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"])
+        finish(content, config, folder)
         shown = worst_examples(Network(model, process.device), examples, result, folder, data.class_names)
-        content = read_json(folder / "eval.json")
         write_report(folder / "report.html", content, test.labels.tolist(), data.class_names, shown)
         print(f"saved in {folder}; open report.html there to look at it")
     return folder
@@ -143,25 +146,19 @@ def identity(
     return json.loads(json.dumps(found)) | {"runs": runs}
 
 
-def finish(
-    result: Evaluation, config: EvalConfig, baseline: dict[str, Any] | None, folder: Path, env: dict[str, Any]
-) -> None:
-    """Save eval.json and what else was asked for; print the table, differences and warnings."""
-    seconds = env.pop("seconds")
-    content = evaluation_json(result) | {"seconds": round(seconds, 1), "settings": asdict(config), "environment": env}
-    if baseline:
-        content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"])
+def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:
+    """Save eval.json and what else was asked for; print the table, differences to the baseline and warnings."""
     write_json(folder / "eval.json", content)
     if config.robustbench_json:
         for norm in content["norms"]:
             write_json(folder / f"robustbench_{norm}.json", robustbench_fields(content, norm))
     print(table(content["accuracy"]))
-    if baseline:
-        print(difference_table(content["difference_to_baseline"], config.baseline or ""))
-    for warning in result.warnings:
+    if config.baseline:
+        print(difference_table(content["difference_to_baseline"], config.baseline))
+    for warning in content["warnings"]:
         print(f"WARNING: {warning}")
     passes = sum(sum(about["forward_passes"]) for about in content["norms"].values())
-    print(f"{seconds:.0f} s; {passes} forward passes of the attacks")
+    print(f"{content['seconds']:.0f} s; {passes} forward passes of the attacks")
 
 
 def check_baseline(baseline: dict[str, Any], config: EvalConfig) -> None:
