@@ -128,6 +128,7 @@ class TrainConfig(Config):
     save_every: float = _run(15.0, "minutes between saves of the training state within an epoch (=)", positive_float, resumable=True)
     save_optim: bool = _run(False, "keep the optimizer's state in checkpoints (off)", resumable=True)
     compile: bool = _run(False, "compile the network with torch.compile (off)")
+    no_cuda_graphs: bool = _run(False, "launch each of an attack's kernels by itself; on CUDA an attack is one CUDA graph (off)", resumable=True)
     tensorboard: bool = _run(False, "also write the metrics for TensorBoard, in RUN/tensorboard (off)", resumable=True)
     notes_run: str = _run("", "a word for the run folder's name (none)")
 

@@ -77,7 +77,7 @@ def apgd(
 
 
 def apgd_each(
-    model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iters: Sequence[int], which: Tensor
+    model: Model, x: Tensor, y: Tensor, which: Tensor, threats: Sequence[Threat], n_iters: Sequence[int]
 ) -> Tensor:
     """x_best (B, ...) of APGD on cross-entropy, for example i in threats[which[i]], which (B,) int64: the same as `apgd` gives.
 

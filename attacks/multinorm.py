@@ -6,7 +6,7 @@ micro-batch, `loss` is the loss per example. `register` adds it to --multinorm, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,6 +19,8 @@ from .apgd import Model, apgd, apgd_each, select_per_example
 from .losses import cross_entropy
 from .msd import msd
 from .threat import Threat
+
+Attack = Callable[..., Any]  # (model, x (B, ...), y (B,), more tensors ...) -> a tensor, a tuple or a dataclass of tensors
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,15 @@ class Scheme:
                 f"{self.name} is one attack for all norms: give one number of steps for all, got {list(n_iters)}"
             )
         self.threats, self.n_iters = tuple(threats), tuple(n_iters)
-        self.attacks = [partial(apgd, threat=t, n_iter=n) for t, n in zip(self.threats, self.n_iters, strict=False)]
+        self.attacks = self.make_attacks()
         self.errors = RunningErrors(len(self.threats))
+
+    def make_attacks(self) -> list[Attack]:
+        """What `attack` calls, from self.attacks, where CUDA graphs take its place: no branch on data, no shape that depends on it.
+
+        By default one APGD for each threat.
+        """
+        return [partial(apgd, threat=t, n_iter=n) for t, n in zip(self.threats, self.n_iters, strict=False)]
 
     def draw(self, n: int, step: int, generator: torch.Generator) -> Tensor:
         """Index of the threat sampled for each example of the whole mini-batch, n over all processes: (n,) int64 on the CPU.
@@ -163,10 +172,7 @@ class EAT(Scheme):
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
         """APGD in the sampled threat: V = 1."""
         threat = sampled.to(x.device, non_blocking=True)
-        if self.per_example:
-            x_adv = apgd_each(model, x, y, self.threats, self.n_iters, threat)
-        else:
-            x_adv = self.attacks[int(sampled[0])](model, x, y).x_best
+        x_adv = self.attacks[int(sampled[0])](model, x, y).x_best
         return AdversarialBatch(x_adv[None], threat[None])
 
 
@@ -186,6 +192,15 @@ class MixedEAT(EAT):
     name = "eat-mixed"
     summary = "samples one norm per example with probability proportional to its running robust error"
     per_example = True
+
+    def make_attacks(self) -> list[Attack]:
+        """One, of all threats together."""
+        return [partial(apgd_each, threats=self.threats, n_iters=self.n_iters)]
+
+    def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
+        """APGD in each example's sampled threat: V = 1."""
+        threat = sampled.to(x.device, non_blocking=True)
+        return AdversarialBatch(self.attacks[0](model, x, y, threat)[None], threat[None])
 
 
 @register
@@ -241,9 +256,13 @@ class MultiSteepestDescent(Scheme):
     norms = ("Linf", "L2", "L1")
     same_n_iter = True
 
+    def make_attacks(self) -> list[Attack]:
+        """One, of all threats together."""
+        return [partial(msd, threats=self.threats, n_iter=n) for n in self.n_iters[:1]]
+
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
         """MSD's adversarial examples, each counted for the threat whose step led to it."""
-        x_adv, threat = msd(model, x, y, self.threats, self.n_iters[0])
+        x_adv, threat = self.attacks[0](model, x, y)
         return AdversarialBatch(x_adv[None], threat[None])
 
 
@@ -285,7 +304,7 @@ class Trades(Scheme):
 
     def __init__(self, scheme: Scheme, beta: float) -> None:
         super().__init__(scheme.threats)
-        self.scheme, self.beta, self.errors = scheme, beta, scheme.errors
+        self.scheme, self.beta, self.errors, self.attacks = scheme, beta, scheme.errors, scheme.attacks
         self.draw, self.observe = scheme.draw, scheme.observe  # type: ignore[method-assign]
         self.state_dict, self.load_state_dict = scheme.state_dict, scheme.load_state_dict  # type: ignore[method-assign]
 

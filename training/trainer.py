@@ -19,13 +19,14 @@ from attacks.multinorm import AdversarialBatch, Scheme
 from config import TrainConfig, scheme_of
 from data import BatchLoader, Dataset, mix, on_device
 from models import Spec
+from training.cuda_graphs import GraphedAttack
 from training.gradient_projection import GradientProjection
 from training.metrics import EpochMetrics, NonFiniteGuard
 from training.optim import averaged, sgd
 from utils.checkpoint import CheckpointManager, Stateful
 from utils.distributed import Process, all_reduce_sum, average_buffers, data_parallel, no_sync_unless, sync_batchnorm
 from utils.modules import AsyncScalars, eval_mode, generator, no_param_grad
-from utils.precision import autocast_model
+from utils.precision import autocast_model, cast_weights_once
 from utils.schedules import lr_schedule
 from utils.signals import Interrupted, Signals
 
@@ -87,6 +88,9 @@ class Trainer:
         self.attack_model = self.metrics.passes.count(autocast_model(compiled, device, config.amp), trains=False)
         self.train_model = self.metrics.passes.count(autocast_model(parallel, device, config.amp), trains=True)
         self.no_sync_unless = partial(no_sync_unless, model=parallel)
+        if device.type == "cuda" and not config.no_cuda_graphs:
+            graphed = [GraphedAttack(attack, self.model, self.metrics.passes) for attack in self.scheme.attacks]
+            self.scheme.attacks[:] = graphed
 
     def store_in(self, folder: Path) -> None:
         """Set the run's folder, where training states and checkpoints go."""
@@ -139,7 +143,8 @@ class Trainer:
         parts = zip(*(part.tensor_split(number) for part in (batch.x, batch.y, sampled)), strict=True)
         # A signal may end the attack at once where no other process waits for this one.
         at_once = self.signals.at_once() if world_size == 1 else nullcontext()
-        with eval_mode(self.model), no_param_grad(self.model), at_once:
+        low_precision = cast_weights_once(self.process.device, self.config.amp)
+        with eval_mode(self.model), low_precision or no_param_grad(self.model), at_once:
             return [(scheme.attack(self.attack_model, x, y, sampled), y) for x, y, sampled in parts]
 
     def progress(self, batch: Batch) -> float:

@@ -28,6 +28,14 @@ def autocast_model(model: Callable[[Tensor], Tensor], device: torch.device, amp:
     return forward
 
 
+def cast_weights_once(device: torch.device, amp: Amp) -> torch.autocast | None:
+    """A context inside which `autocast_model` casts each weight once for all passes, and not in each one; None where that does not help.
+
+    Autocast keeps the casts of weights that require a gradient until its outermost context ends.
+    """
+    return None if amp == "off" or device.type == "cpu" else torch.autocast(device.type, DTYPES[amp])
+
+
 def check_amp(device: torch.device, amp: Amp) -> None:
     """Raises ValueError if the device does not take the format."""
     if amp == "fp16" and device.type != "cuda":
