@@ -48,8 +48,9 @@ from utils.text import printable
 _net, _data, _opt = partial(flag, "network"), partial(flag, "data"), partial(flag, "optimization")
 _attack, _eval, _run = partial(flag, "attack"), partial(flag, "evaluation"), partial(flag, "run")
 GROUPS = ("network", "data", "optimization", "attack", "evaluation", "run")  # of --help
-# Limits that several flags have: what any machine or paper needs, with room; beyond them a number is a slip. PyTorch seeds with 63 bits.
-_batch, _epochs, _often, _rate = between(1, 10**6), between(1, 10**6), between(0, 10**6), inside(0.0, 1000.0)
+# Limits that several flags have: what any machine or paper needs, with room; beyond them a number is a slip. PyTorch seeds with 63 bits;
+# rates end where float32 does: what diverges is the training's to say.
+_batch, _epochs, _often, _rate = between(1, 10**6), between(1, 10**6), between(0, 10**6), inside(0.0, 3.4e38)
 _radii, _steps, _runs, _seed = (
     inside(0.0, 1e9, several=True),
     between(1, 10_000),
@@ -108,7 +109,7 @@ class TrainConfig(Config):
     epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", _epochs)
     lr_schedule: str | None = _opt(None, "piecewise, piecewise-ft, piecewise-A-B-..., superconverge (piecewise-70-10; fine-tuning: piecewise-ft)", dashed=True)
     lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning: preact-resnet18 0.05, others 0.01, on imagenet 0.005, XCiT 1e-4)", _rate, dashed=True)
-    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", between(0.0, 100.0))
+    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", between(0.0, 3.4e38))
     lr_no_decay: float | None = _opt(None, "from scratch: constant learning rate of biases and norm layers, 1.0 in the authors' code (follows the schedule)", _rate)
     grad_clip: float | None = _opt(None, "clip the gradient to this L2 norm (no limit)", inside(0.0, 1e9))
     ema: float | None = _opt(None, "also keep an exponential moving average of the weights, with this decay, such as 0.999 (off)", fraction)

@@ -28,21 +28,32 @@ def check_baseline(path: str, content: dict[str, Any], settings: Mapping[str, An
     settings and radii, by norm, are this evaluation's. The union of other norms is another figure: it is taken out of `content`.
     """
     there, outcomes, norms = (content.get(name) for name in ("settings", "outcomes", "norms"))
+    _check_settings(path, there if isinstance(there, dict) else {}, settings)
+    if not isinstance(outcomes, dict) or not isinstance(norms, dict) or "clean" not in outcomes:
+        raise ValueError(f"{path} does not tell the outcome of each image: another version of eval.py wrote it")
+    for name, values in outcomes.items():
+        _check_outcomes(path, name, values, settings["n_ex"])
+    for norm in radii.keys() & {*norms, *outcomes}:
+        _check_radius(path, norm, norms.get(norm), radii[norm])
+    if norms.keys() != radii.keys():
+        outcomes.pop("union", None)
+
+
+def _check_settings(path: str, there: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     n, dataset = settings["n_ex"], settings["dataset"]
-    if not isinstance(there, dict) or (there.get("dataset"), there.get("n_ex")) != (dataset, n):
+    if (there.get("dataset"), there.get("n_ex")) != (dataset, n):
         raise ValueError(f"{path} is not an evaluation of {n} test images of {dataset}")
     for name in SAME:
         if there.get(name) != settings.get(name):
             raise ValueError(f"{path}: its {name} is {there.get(name)}, here it is {settings.get(name)}")
-    if not isinstance(outcomes, dict) or not isinstance(norms, dict) or not {"clean"} <= outcomes.keys():
-        raise ValueError(f"{path} does not tell the outcome of each image: another version of eval.py wrote it")
-    for name, values in outcomes.items():
-        if not isinstance(values, list) or len(values) != n or not all(type(v) is int and v in (0, 1) for v in values):
-            raise ValueError(f"{path}: its outcomes of {name} are not {n} numbers, 0 or 1 for each image")
-    for norm in [norm for norm in radii if norm in norms or norm in outcomes]:
-        about = norms.get(norm)
-        eps = about.get("eps") if isinstance(about, dict) else None
-        if not isinstance(eps, float | int) or not math.isclose(eps, radii[norm], rel_tol=1e-6):
-            raise ValueError(f"{path}: its radius in {norm} is {eps}, here it is {radii[norm]:.6g}")
-    if norms.keys() != radii.keys():
-        outcomes.pop("union", None)
+
+
+def _check_outcomes(path: str, name: str, values: Any, n: int) -> None:
+    if not isinstance(values, list) or len(values) != n or not all(type(v) is int and v in (0, 1) for v in values):
+        raise ValueError(f"{path}: its outcomes of {name} are not {n} numbers, 0 or 1 for each image")
+
+
+def _check_radius(path: str, norm: str, about: Any, here: float) -> None:
+    eps = about.get("eps") if isinstance(about, dict) else None
+    if not isinstance(eps, float | int) or not math.isclose(eps, here, rel_tol=1e-6):
+        raise ValueError(f"{path}: its radius in {norm} is {eps}, here it is {here:.6g}")

@@ -33,7 +33,7 @@ def worst_examples(
 ) -> list[ShownExample]:
     """Up to 8 for the page: of each pattern of broken norms in turn the one with the surest wrong answer, from at most 250."""
     broken = {threat: log.broken for threat, log in result.logs.items()}
-    class_names = [as_text(name, LONGEST_NAME) for name in class_names]
+    class_names = _short(class_names)
     if not any(bool(gone.any()) for gone in broken.values()):
         return []
     looked_at = torch.stack([*broken.values()]).any(0).nonzero()[:LOOKED_AT, 0]
@@ -50,6 +50,11 @@ def worst_examples(
         says = {name: f"{heading}\n{answers[name][1][row]}" for name, heading in headings.items()}
         shown.append({name: (x[name][row].permute(1, 2, 0).numpy(), words) for name, words in says.items()})
     return shown
+
+
+def _short(class_names: Sequence[str]) -> list[str]:
+    """As pictures show them."""
+    return [as_text(name, LONGEST_NAME) for name in class_names]
 
 
 def _answers(network: Network, x: Tensor, class_names: Sequence[str]) -> tuple[Tensor, list[str]]:
@@ -81,8 +86,7 @@ def write_report(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     with picture_style():
-        names = [as_text(name, LONGEST_NAME) for name in class_names]
-        pictures = [_classes(content["outcomes"], labels, names)]
+        pictures = [_classes(content["outcomes"], labels, _short(class_names))]
         if "curve" in content:
             pictures.append(_curve(content["curve"]))
         if examples:
