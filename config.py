@@ -30,23 +30,34 @@ from utils.cli import (
     UsageError,
     add_fields,
     add_flag,
+    between,
     blame,
     flag,
-    floats,
     fraction,
-    ints,
+    inside,
+    kind_of,
     non_negative_float,
-    non_negative_int,
-    positive_float,
     positive_int,
+    text_or_nothing,
     words,
 )
 from utils.precision import AMPS, Amp
 from utils.schedules import lr_schedule
+from utils.text import printable
 
 _net, _data, _opt = partial(flag, "network"), partial(flag, "data"), partial(flag, "optimization")
 _attack, _eval, _run = partial(flag, "attack"), partial(flag, "evaluation"), partial(flag, "run")
 GROUPS = ("network", "data", "optimization", "attack", "evaluation", "run")  # of --help
+# Limits that several flags have: what any machine or paper needs, with room; beyond them a number is a slip. PyTorch seeds with 63 bits;
+# rates end where float32 does: what diverges is the training's to say.
+_batch, _epochs, _often, _rate = between(1, 10**6), between(1, 10**6), between(0, 10**6), inside(0.0, 3.4e38)
+_radii, _steps, _runs, _seed = (
+    inside(0.0, 1e9, several=True),
+    between(1, 10_000),
+    between(0, 1000),
+    between(0, 2**63 - 1),
+)
+MOST_WEIGHTS = 3 * 10**9  # of a network: training needs 16 bytes for each
 LATEST = ""  # what --resume alone stands for: the newest run of this command
 
 
@@ -68,12 +79,12 @@ class Config:
 
     model_dir: str = _net("./pretrained", "folder with, or for the download of, pretr_* and RB_* checkpoints (=)", resumable=True)
     data_dir: str = _data("./datasets", "folder with, or for the download of, CIFAR; for imagenet and imagefolder the one with train/ and val/ (=)", resumable=True)
-    image_size: int | None = _data(None, "imagenet and imagefolder: height and width of the cropped images, in pixels (the network's, else 224)", positive_int)
-    l_eps: tuple[float, ...] | None = _attack(None, "radius for each norm, for pixels in [0, 1], fractions allowed: '8/255 12' (the data set's)", floats)
-    batch_size_eval: int = _eval(250, "images attacked at once in an evaluation (=)", positive_int, resumable=True)
+    image_size: int | None = _data(None, "imagenet and imagefolder: height and width of the cropped images, in pixels (the network's, else 224)", between(1, 4096))
+    l_eps: tuple[float, ...] | None = _attack(None, "radius for each norm, for pixels in [0, 1], fractions allowed: '8/255 12' (the data set's)", _radii)
+    batch_size_eval: int = _eval(250, "images attacked at once in an evaluation (=)", _batch, resumable=True)
     amp: Amp = _run("off", "bf16 or fp16 (CUDA only): forward passes under autocast; eval.py verifies adversarial examples in float32 (=: float32)", choices=AMPS)  # noqa: RUF009
-    seed: int = _run(0, "random seed of initial weights, shuffling, augmentation and sampled norms; in eval.py of the random starts (=)", non_negative_int)
-    threads: int | None = _run(None, "CPU threads (PyTorch's choice: the cores)", positive_int, resumable=True)
+    seed: int = _run(0, "random seed of initial weights, shuffling, augmentation and sampled norms; in eval.py of the random starts (=)", _seed)
+    threads: int | None = _run(None, "CPU threads (PyTorch's choice: the cores)", between(1, 1024), resumable=True)
     device: str = _run("auto", "auto, cpu, cuda, cuda:N or mps (=: the best there is)", resumable=True)
 
 
@@ -85,52 +96,52 @@ class TrainConfig(Config):
     model_name: str | None = _net(None, "network to fine-tune: a checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION (none)")
     arch: str | None = _net(None, networks)
     act: str | None = _net(None, "activation (the network's own: preact-resnet18 softplus1, wide-resnet relu; or the checkpoint's)", choices=ACTIVATIONS)
-    width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", positive_int)
+    width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", between(1, 1024))
 
     dataset: str = _data("cifar10", "data set (=)", choices=DATASETS)
-    workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", positive_int, resumable=True)
+    workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", between(1, 256), resumable=True)
     n_ex_train: int | None = _data(None, "train on the first N examples (all)", positive_int)
     extra_data: str | None = _data(None, "more training images: uncompressed npz with image and label, or Carmon et al.'s pickle (none)", resumable="same content")
     extra_fraction: float | None = _data(None, "fraction of each mini-batch that is --extra_data; an epoch stays one pass over the data set's own images (0.5)", fraction)
-    batch_size: int = _data(128, "mini-batch size, over all processes (=)", positive_int)
-    accumulate: int = _data(1, "gradient-accumulation steps per batch, for less memory (=)", positive_int)
+    batch_size: int = _data(128, "mini-batch size, over all processes (=)", _batch)
+    accumulate: int = _data(1, "gradient-accumulation steps per batch, for less memory (=)", _batch)
 
-    epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", positive_int)
+    epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", _epochs)
     lr_schedule: str | None = _opt(None, "piecewise, piecewise-ft, piecewise-A-B-..., superconverge (piecewise-70-10; fine-tuning: piecewise-ft)", dashed=True)
-    lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning: preact-resnet18 0.05, others 0.01, on imagenet 0.005, XCiT 1e-4)", positive_float, dashed=True)
-    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", non_negative_float)
-    lr_no_decay: float | None = _opt(None, "from scratch: constant learning rate of biases and norm layers, 1.0 in the authors' code (follows the schedule)", positive_float)
-    grad_clip: float | None = _opt(None, "clip the gradient to this L2 norm (no limit)", positive_float)
+    lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning: preact-resnet18 0.05, others 0.01, on imagenet 0.005, XCiT 1e-4)", _rate, dashed=True)
+    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", between(0.0, 3.4e38))
+    lr_no_decay: float | None = _opt(None, "from scratch: constant learning rate of biases and norm layers, 1.0 in the authors' code (follows the schedule)", _rate)
+    grad_clip: float | None = _opt(None, "clip the gradient to this L2 norm (no limit)", inside(0.0, 1e9))
     ema: float | None = _opt(None, "also keep an exponential moving average of the weights, with this decay, such as 0.999 (off)", fraction)
     sync_bn: bool = _opt(False, "BatchNorm statistics over all processes, as SyncBatchNorm (off)")
     loss: str = _opt("ce", "ce: cross-entropy; trades: clean cross-entropy and KL divergence to the adversarial output (=)", choices=["ce", "trades"])
-    trades_beta: float | None = _opt(None, "weight of TRADES' KL divergence (6)", positive_float)
-    init_epochs: int = _opt(0, "standard training in the first N of the --epochs (=)", non_negative_int)
+    trades_beta: float | None = _opt(None, "weight of TRADES' KL divergence (6)", inside(0.0, 1e6))
+    init_epochs: int = _opt(0, "standard training in the first N of the --epochs (=)", _often)
 
     attack: str | None = _attack(None, "train on adversarial examples of APGD (left out: standard training)", choices=["apgd"])
     l_norms: tuple[str, ...] | None = _attack(None, "norms to train for, with blanks between ('Linf L1'; sat, avg, max, msd: 'Linf L2 L1')", words)
     multinorm: str | None = _attack(None, "scheme for several norms, as listed below (eat)", choices=SCHEMES)
     gradient_projection: bool = _attack(False, "RAMP's: each epoch is a pass of standard and a pass of adversarial training, whose updates are combined (off)")
-    at_iter: int | None = _attack(None, "attack steps, in every norm (10; fine-tuning on imagenet: 5, L1 15)", positive_int)
-    l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm; goes before --at_iter (--at_iter)", ints)
+    at_iter: int | None = _attack(None, "attack steps, in every norm (10; fine-tuning on imagenet: 5, L1 15)", _steps)
+    l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm; goes before --at_iter (--at_iter)", between(1, 10_000, several=True))
     scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
 
-    eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", non_negative_int, resumable=True)
+    eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", _often, resumable=True)
     n_ex_eval: int = _eval(200, "training images, and test images, of --eval_freq (=)", positive_int, resumable=True)
     final_eval: bool = _eval(False, "the standard evaluation of eval.py at the end (off)", resumable=True)
     n_ex_final: int | None = _eval(None, "test images of --final_eval (1000, or all if there are fewer)", positive_int, resumable=True)
     eval_norms: tuple[str, ...] = _eval(tuple(NORMS), "norms of --eval_freq and --final_eval (=)", words)
-    eval_eps: tuple[float, ...] | None = _eval(None, "radius for each of --eval_norms (those of training, else the data set's)", floats)
+    eval_eps: tuple[float, ...] | None = _eval(None, "radius for each of --eval_norms (those of training, else the data set's)", _radii)
 
     save_dir: str = _run("./runs", "folder in which the run's folder is made (=)", resumable=True)
-    save_freq: int | None = _run(None, "epochs between checkpoints; the last is always saved (10; fine-tuning: 1)", positive_int, resumable=True)
-    resume: str | None = _run(None, "resume the run in this folder, whose other flags need not be given; without RUN: this command's newest run, if any (off)", nargs="?", const=LATEST, metavar="RUN", resumable=True)
-    save_every: float = _run(15.0, "minutes between saves of the training state within an epoch (=)", positive_float, resumable=True)
+    save_freq: int | None = _run(None, "epochs between checkpoints; the last is always saved (10; fine-tuning: 1)", _epochs, resumable=True)
+    resume: str | None = _run(None, "resume the run in this folder, whose other flags need not be given; without RUN: this command's newest run, if any (off)", text_or_nothing, nargs="?", const=LATEST, metavar="RUN", resumable=True)
+    save_every: float = _run(15.0, "minutes between saves of the training state within an epoch (=)", inside(0.0, 1e6), resumable=True)
     save_optim: bool = _run(False, "keep the optimizer's state in checkpoints (off)", resumable=True)
     compile: bool = _run(False, "compile the network with torch.compile (off)")
     no_cuda_graphs: bool = _run(False, "launch each of an attack's kernels by itself; on CUDA an attack is one CUDA graph (off)", resumable=True)
     tensorboard: bool = _run(False, "also write the metrics for TensorBoard, in RUN/tensorboard (off)", resumable=True)
-    notes_run: str = _run("", "a word for the run folder's name (none)")
+    notes_run: str = _run("", "a word for the run folder's name (none)", text_or_nothing)
 
 
 @dataclass(frozen=True)
@@ -142,9 +153,9 @@ class EvalConfig(Config):
     n_ex: int | None = _data(None, "evaluate the first N test images (1000, or all if there are fewer)", positive_int)
     l_norms: tuple[str, ...] = _attack(tuple(NORMS), "norms to attack in, with blanks between (=)", words)
     attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=ATTACKS)
-    n_iter: int = _attack(100, "steps of each APGD run, at least 4 (=)", positive_int)
-    n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", positive_int)
-    n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", non_negative_int)
+    n_iter: int = _attack(100, "steps of each APGD run; L1 is attacked in three stages (=)", between(4, 10**5))
+    n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", between(1, 1000))
+    n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", _runs)
     union_only: bool = _attack(False, "accuracy in the union alone: an example broken in one norm is not attacked in the others (off)")
     curve: bool = _attack(False, "also accuracy at radii from 0 to 2 eps, one APGD-CE each (off)")
     only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
@@ -177,7 +188,6 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
 )
 EVAL_RULES: Rules = (
     ("model_name", lambda c: not c.model_name, "name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth"),
-    ("n_iter", lambda c: c.n_iter < 4, "L1 is attacked in three stages, give at least 4 steps"),
     ("robustbench_json", lambda c: c.robustbench_json and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
     ("curve", lambda c: c.curve and c.union_only, "it needs each norm's accuracy, which --union_only leaves out; give one of them"),
 )
@@ -230,7 +240,9 @@ def _with_network(config: TrainConfig) -> TrainConfig:
     arch = config.arch or "preact-resnet18"
     if not split_own_function(arch):  # which is called when the data set is known
         with blame("--arch"), torch.device("meta"):
-            build_model(arch)
+            model = build_model(arch)
+            if sum(each.numel() for each in model.parameters()) > MOST_WEIGHTS:
+                raise ValueError(f"{arch} has more than {MOST_WEIGHTS:.0e} weights")
     network = find_network(arch)
     if network and network.width is None and config.width:
         raise UsageError("--width", f"{arch} says its width itself, leave this flag out")
@@ -430,19 +442,19 @@ def config_from_json(content: Mapping[str, Any], folder: Path) -> TrainConfig:
 
 
 def _value(flag: Field[Any], content: Any) -> Any:
-    """A value of JSON, as the flag would read it from a command line. Raises ValueError or ArgumentTypeError."""
-    kind, choices = flag.metadata.get("type"), flag.metadata.get("choices")
-    if content is None or isinstance(flag.default, bool):
-        value = content
-    else:
-        text = " ".join(map(str, content)) if isinstance(content, list) else str(content)
-        value = kind(text) if kind else text
-    if (choices and value is not None and value not in choices) or (
-        flag.default is False and not isinstance(value, bool)
-    ):
-        raise ValueError(
-            f"{flag.name} is {content!r}, which is unknown here; if a file of yours registers it, resume with that file"
-        )
+    """A value of JSON, as the flag would read it from a command line. Raises ValueError or ArgumentTypeError, also for another type."""
+    kind, choices = kind_of(flag), flag.metadata.get("choices")
+    is_content = f"{flag.name} is {printable(repr(content), 60)}"
+    if content is None and flag.default is None:
+        return None
+    if kind is None:
+        if content in list(choices or []) or (not choices and isinstance(content, bool)):
+            return content
+        register = "; if a file of yours registers it, resume with that file" if choices else ""
+        raise ValueError(f"{is_content}, which is unknown here{register}")
+    value = kind(" ".join(map(str, content)) if isinstance(content, list) else str(content))
+    if content != (list(value) if isinstance(value, tuple) else value):
+        raise ValueError(f"{is_content}, which is of another type")
     return value
 
 

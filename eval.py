@@ -30,6 +30,7 @@ from attacks.standard import Examples, Network
 from attacks.threat import Threat
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
 from data import Dataset, FolderSplit, Split, load_dataset
+from evaluation.baseline import check_baseline, read_baseline
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
 from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields
@@ -39,7 +40,8 @@ from utils.checkpoint import fingerprint, tensors_fingerprint
 from utils.cli import UsageError, blame, usage_errors
 from utils.distributed import Process, choose_device, local_device, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.run_folder import environment, folder_for, read_json, write_json
+from utils.run_folder import environment, folder_for, write_json
+from utils.text import printable
 
 # An evaluation is resumed only if none of these changed. Not the device, the batch size or the number of processes.
 IDENTITY = (
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with usage_errors("eval.py"):
         config = checked_eval(EvalConfig(**flags_given(make_parser(EvalConfig, __doc__), argv)))
         with blame("--baseline"):
-            baseline = read_json(config.baseline) if config.baseline else None
+            baseline = read_baseline(config.baseline) if config.baseline else None
         with blame("--device"):
             device = local_device(choose_device(config.device))
         with blame("--amp"):
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         data, config = load_data(config, loaded)
         if baseline:
             with blame("--baseline"):
-                check_baseline(baseline, config)
+                radii = dict(zip(config.l_norms, config.l_eps or (), strict=False))  # none with --only_clean
+                check_baseline(config.baseline or "", baseline, asdict(config), radii)
         model = loaded.model.eval().to(device).requires_grad_(False)
         with blame("--model_name"):
             check_fits(model, data.shape, data.num_classes)
@@ -108,7 +111,7 @@ def evaluate_and_report(
     if process.is_rank0:
         attacked = ", ".join(map(str, threats)) or "no attack"
         what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
-        print(f"{what}: {attacked}; on {process.device}", flush=True)
+        print(f"{printable(what)}: {attacked}; on {process.device}", flush=True)
     examples = Examples(test.images, test.labels, test.levels)
     options = EvaluationOptions(process, config.batch_size_eval, config.amp, config.curve)
     start, env = time.time(), environment(process.device)
@@ -154,18 +157,11 @@ def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:
             write_json(folder / f"robustbench_{norm}.json", robustbench_fields(content, norm))
     print(table(content["accuracy"]))
     if config.baseline:
-        print(difference_table(content["difference_to_baseline"], config.baseline))
+        print(difference_table(content["difference_to_baseline"], printable(config.baseline)))
     for warning in content["warnings"]:
         print(f"WARNING: {warning}")
     passes = sum(sum(about["forward_passes"]) for about in content["norms"].values())
     print(f"{content['seconds']:.0f} s; {passes} forward passes of the attacks")
-
-
-def check_baseline(baseline: dict[str, Any], config: EvalConfig) -> None:
-    """Raises ValueError unless the other evaluation is of the same images."""
-    settings = baseline.get("settings", {})
-    if "outcomes" not in baseline or (settings.get("dataset"), settings.get("n_ex")) != (config.dataset, config.n_ex):
-        raise ValueError(f"{config.baseline} is not an evaluation of {config.n_ex} test images of {config.dataset}")
 
 
 if __name__ == "__main__":

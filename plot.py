@@ -5,7 +5,7 @@ python plot.py runs/A runs/B results/C --labels='E-AT Linf start'     side by si
 
 RUN is a run folder of train.py, which may still be training, or a result folder of eval.py (second picture only).
 A hollow point of the second picture is an upper bound: APGD-CE alone, from the run's last --eval_freq or from --attacks=fast.
-EMA: averaged weights, where a run has figures of theirs (eval_ema). Bands (test points of a single run) and bars are 95 % intervals.
+EMA: averaged weights, where a run has figures of theirs (eval_ema). Bands (test images of a single run) and bars are 95 % intervals.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from utils.cli import Parser, add_flag, blame, usage_errors, words
+from utils.pictures import as_text
 from utils.run_folder import read_json
 
 STYLE: dict[str, Any] = {
@@ -65,13 +66,13 @@ PANELS = {  # of training: label of the y axis, key in a record and in its norms
     "training error": ("error (%)", "error", 100),
     "learning rate": ("learning rate", "lr", 1),
     "running error": ("error so far (%)", "running_error", 100),
-    "draw frequency": ("share of points (%)", "drawn", 100),
+    "draw frequency": ("share of images (%)", "drawn", 100),
 }
 KINDS = {  # lines of an accuracy panel: where a record has them, line style
-    "test points": ("eval", "test", "-"),
-    "training points": ("eval", "train", "--"),
-    "test points, EMA": ("eval_ema", "test", "-."),
-    "training points, EMA": ("eval_ema", "train", ":"),
+    "test images": ("eval", "test", "-"),
+    "training images": ("eval", "train", "--"),
+    "test images, EMA": ("eval_ema", "test", "-."),
+    "training images, EMA": ("eval_ema", "train", ":"),
 }
 RESULTS = ("eval.json", "eval_ema.json")
 
@@ -119,7 +120,7 @@ def read_run(folder: Path, label: str) -> Run:
     records = read_records(metrics) if metrics.exists() else []
     if not records and "eval.json" not in files:
         raise ValueError(f"{folder} has neither eval.json nor a metrics.jsonl with a finished epoch")
-    return Run(label, records, files)
+    return Run(as_text(label), records, files)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -235,7 +236,7 @@ def draw_training(runs: Sequence[Run]) -> Figure:
 
 
 def draw_panel(axes: Axes, drawn: Sequence[Curve], shades: Sequence[Any]) -> None:
-    """One line a curve, or nothing; without shades, one for each run, a row has its own colour, and test points a band."""
+    """One line a curve, or nothing; without shades, one for each run, a row has its own colour, and test images a band."""
     if not drawn:
         axes.set_axis_off()
         return
@@ -267,7 +268,7 @@ def draw_curve(axes: Axes, curve: Curve, shades: Sequence[Any]) -> None:
     look["markerfacecolor"] = "white" if "EMA" in curve.kind else colour
     epochs = list(curve.points)
     axes.plot(epochs, list(curve.points.values()), **look)
-    if curve.kind == "test points" and not shades:
+    if curve.kind == "test images" and not shades:
         low, high = (list(end.values()) for end in curve.band)
         axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
 
@@ -282,8 +283,8 @@ def draw_legend(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any], 
     for kind in [kind for kind in KINDS if kind in kinds]:
         inside = "white" if "EMA" in kind else GREY
         handles.append(handle(kind, linestyle=KINDS[kind][2], marker="o", markerfacecolor=inside))
-    if "test points" in kinds and not shades:
-        handles.append(handle("95 % interval, test points", alpha=0.2, linewidth=8))
+    if "test images" in kinds and not shades:
+        handles.append(handle("95 % interval, test images", alpha=0.2, linewidth=8))
     longest = max(len(str(each.get_label())) for each in handles)
     columns = max(1, min(len(handles), 120 // (longest + 8)))
     part.legend(handles=handles, loc="outside lower center", ncols=columns)
@@ -303,7 +304,9 @@ def points(runs: Sequence[Run]) -> Iterator[Point]:
                 radii = dict(zip(norms, settings.get("eval_eps", []), strict=False))
             if "union" in rows:
                 threats = ", ".join(f"{norm} {radii[norm]:.4g}" for norm in in_order(radii))
-                yield Point(number, run.label + more, rows, f"{settings.get('dataset')}: {threats}", bound, bool(more))
+                yield Point(
+                    number, run.label + more, rows, as_text(f"{settings.get('dataset')}: {threats}"), bound, bool(more)
+                )
 
 
 def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
@@ -369,7 +372,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Read, draw, save; the files written."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    labels = args.labels or short_labels(args.runs)
+    with blame("RUN"):
+        labels = args.labels or short_labels(args.runs)
     if len(labels) != len(args.runs):
         parser.error(f"argument --labels: one for each RUN is needed, {len(args.runs)}; got {len(labels)}")
     with blame("RUN"):

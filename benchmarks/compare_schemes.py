@@ -48,7 +48,7 @@ from config import make_parser as make_script_parser
 from data import number_of_batches
 from plot import read_records
 from utils.checkpoint import state_files
-from utils.cli import Parser, UsageError, add_flag, blame, non_negative_int, positive_int, usage_errors, words
+from utils.cli import Parser, UsageError, add_flag, between, blame, usage_errors, words
 from utils.resume import lock_run, newest_run
 from utils.run_folder import append_json_line, read_json
 from utils.signals import Interrupted, Signals
@@ -148,7 +148,7 @@ class Scripts:
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = {"OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "60"}
-        with log.open("a") as file:
+        with log.open("a", errors="backslashreplace") as file:
             file.write(f"$ python {script} {shlex.join(flags)}\n")
             file.flush()
             with self.lock:
@@ -288,7 +288,7 @@ def add_result(path: Path, line: Line) -> None:
 
 def seed_list(text: str) -> tuple[int, ...]:
     """Whole numbers with blanks between, each once."""
-    return tuple(dict.fromkeys(non_negative_int(part) for part in words(text)))
+    return tuple(dict.fromkeys(between(0, 2**63 - 1, several=True)(text)))
 
 
 def scheme(text: str) -> tuple[str, str]:
@@ -320,7 +320,9 @@ def make_parser() -> Parser:
         "a scheme that gives --epochs keeps them. Runs that cost the same anyway are shared with the same study without it "
         "(off: as many epochs)",
     )
-    add_flag(parser, "--jobs", type=positive_int, default=1, help="jobs at once, which share the cores (%(default)s)")
+    add_flag(
+        parser, "--jobs", type=between(1, 256), default=1, help="jobs at once, which share the cores (%(default)s)"
+    )
     add_flag(parser, "--data_dir", help="as for train.py and eval.py (theirs)")
     add_flag(parser, "--model_dir", help="as for train.py and eval.py (theirs)")
     add_flag(parser, "--device", help="as for train.py and eval.py (theirs)")

@@ -198,7 +198,7 @@ def write_report(
     """table.md, compare.png and compare.pdf, `mark` before the dots."""
     paths = [folder / name for name in (f"table{mark}.md", f"compare{mark}.png", f"compare{mark}.pdf")]
     text = table(title, rows, baseline, missing)
-    paths[0].write_text(text)
+    paths[0].write_text(text, encoding="utf-8", errors="backslashreplace")
     with matplotlib.style.context(["default", STYLE]):
         figure = draw(rows)
         for path in paths[1:]:

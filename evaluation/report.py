@@ -18,9 +18,12 @@ from attacks.norms import NORMS
 from attacks.results import Evaluation
 from attacks.standard import Examples, Network
 from evaluation.storage import image_path
+from utils.pictures import as_text, picture_style
+from utils.text import printable
 
 COLOURS = {"clean": "#555555", "union": "#000000"}
 SHOWN, LOOKED_AT = 8, 250
+LONGEST_NAME = 40  # characters of a class
 ShownExample = dict[str, tuple[NDArray[Any], str]]
 """An example's images (H, W, C) in [0, 1], `clean` and by norm those that broke it, each with what the network says of it."""
 
@@ -30,6 +33,7 @@ def worst_examples(
 ) -> list[ShownExample]:
     """Up to 8 for the page: of each pattern of broken norms in turn the one with the surest wrong answer, from at most 250."""
     broken = {threat: log.broken for threat, log in result.logs.items()}
+    class_names = _short(class_names)
     if not any(bool(gone.any()) for gone in broken.values()):
         return []
     looked_at = torch.stack([*broken.values()]).any(0).nonzero()[:LOOKED_AT, 0]
@@ -46,6 +50,11 @@ def worst_examples(
         says = {name: f"{heading}\n{answers[name][1][row]}" for name, heading in headings.items()}
         shown.append({name: (x[name][row].permute(1, 2, 0).numpy(), words) for name, words in says.items()})
     return shown
+
+
+def _short(class_names: Sequence[str]) -> list[str]:
+    """As pictures show them."""
+    return [as_text(name, LONGEST_NAME) for name in class_names]
 
 
 def _answers(network: Network, x: Tensor, class_names: Sequence[str]) -> tuple[Tensor, list[str]]:
@@ -76,14 +85,21 @@ def write_report(
     """Write the page from eval.json's content, all labels (N,) and some examples."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    pictures = [_classes(content["outcomes"], labels, class_names)]
-    if "curve" in content:
-        pictures.append(_curve(content["curve"]))
-    if examples:
-        pictures.append(_grid(examples, list(content["norms"])))
-    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    with picture_style():
+        pictures = [_classes(content["outcomes"], labels, _short(class_names))]
+        if "curve" in content:
+            pictures.append(_curve(content["curve"]))
+        if examples:
+            pictures.append(_grid(examples, list(content["norms"])))
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value, len(value)) if isinstance(value, str) else value,
+    )
     command = "python " + shlex.join(content["environment"]["command"])
-    path.write_text(page.get_template("report.html").render(content, pictures=pictures, command=command))
+    text = page.get_template("report.html").render(content, pictures=pictures, command=command)
+    path.write_text(text, encoding="utf-8")
 
 
 def _classes(outcomes: dict[str, list[int]], labels: Sequence[int], class_names: Sequence[str]) -> dict[str, str]:

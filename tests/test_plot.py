@@ -111,9 +111,9 @@ def test_a_runs_lines_are_its_metrics() -> None:
         "all batches",
         "Linf",
         "L1",
-        "test points",
-        "training points",
-        "95 % interval, test points",
+        "test images",
+        "training images",
+        "95 % interval, test images",
     ]
     assert all(axes.get_xlabel() == "epoch" and axes.get_ylabel() for axes in found.values())
 
@@ -177,7 +177,7 @@ def test_averaged_weights_are_hollow() -> None:
     assert drawn(clean, linestyle="-.", markerfacecolor="white") == [[(1, 90)]]
     assert drawn(clean, linestyle=":", markerfacecolor="white") == [[(1, 95)]]
     assert drawn(clean, linestyle="-") == [[(1, 61)]]
-    assert {"test points, EMA", "training points, EMA"} <= set(texts(figure))
+    assert {"test images, EMA", "training images, EMA"} <= set(texts(figure))
 
 
 def test_a_torn_last_line_is_left_out_and_another_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

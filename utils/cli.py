@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn
+
+from utils.text import printable
+
+DECIMAL = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"  # less than float() takes: no nan, inf, 1_000
+LONGEST_PATH, MOST_VALUES = 4096, 1000  # characters, Linux' PATH_MAX; values of a list
 
 
 class UsageError(ValueError):
@@ -31,7 +36,10 @@ def blame(flag: str) -> Iterator[None]:
 
 @contextmanager
 def usage_errors(prog: str) -> Iterator[None]:
-    """A UsageError raised inside ends the program with one line and exit code 2."""
+    """A UsageError raised inside ends the program with one line and exit code 2. What the console can't show is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UsageError as error:
@@ -39,7 +47,7 @@ def usage_errors(prog: str) -> Iterator[None]:
 
 
 def _exit(prog: str, message: str) -> NoReturn:
-    print(f"{prog}: error: {' '.join(message.split())} (--help lists the flags)", file=sys.stderr)
+    print(f"{prog}: error: {printable(' '.join(message.split()))} (--help lists the flags)", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -58,7 +66,7 @@ def flag(
 ) -> Any:
     """A dataclass field that is a flag of this group in --help; False as default makes a switch.
 
-    text: the help, which ends with the default in parentheses; (=) stands for it. kind: argparse's type.
+    text: the help, which ends with the default in parentheses; (=) stands for it. kind: argparse's type (`text`, a path or a name).
     more: `resumable` (may change when a run is resumed), `dashed` (--help spells it with -), and argparse's own arguments.
     """
     return field(default=default, metadata={"group": group, "help": text, "type": kind} | more)
@@ -77,6 +85,8 @@ def _argument(each: Field[Any]) -> tuple[str, dict[str, Any]]:
     """Name and argparse's arguments of a flag."""
     arguments = {k: v for k, v in each.metadata.items() if k not in ("group", "resumable", "dashed") and v is not None}
     arguments["default"] = argparse.SUPPRESS
+    if kind := kind_of(each):
+        arguments["type"] = kind
     if each.default is False:
         arguments["action"] = "store_true"
     shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
@@ -85,8 +95,19 @@ def _argument(each: Field[Any]) -> tuple[str, dict[str, Any]]:
     return "--" + (each.name.replace("_", "-") if each.metadata.get("dashed") else each.name), arguments
 
 
+def kind_of(each: Field[Any]) -> Callable[[str], Any] | None:
+    """argparse's type of the flag; None for a switch and for one with choices."""
+    kind = each.metadata.get("type")
+    return kind or (None if each.default is False or "choices" in each.metadata else text)
+
+
 def add_flag(group: Any, name: str, **kwargs: Any) -> None:
-    """Add `--name` to an argparse group; its twin with - and _ exchanged is accepted too, and not listed in --help."""
+    """Add `--name` to an argparse group; its twin with - and _ exchanged is accepted too, and not listed in --help.
+
+    --help shows the limits of a number in the place of its value: --epochs 1..1000000.
+    """
+    if isinstance(kwargs.get("type"), Number):
+        kwargs["metavar"] = kwargs["type"].range
     dest = name.removeprefix("--").replace("-", "_")
     group.add_argument(name, dest=dest, **kwargs)
     twins = {f"--{dest}", f"--{dest.replace('_', '-')}"} - {name}
@@ -96,67 +117,93 @@ def add_flag(group: Any, name: str, **kwargs: Any) -> None:
         )
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"give a whole number of at least 1, not {text!r}")
-    return int(text)
+@dataclass(frozen=True)
+class Number:
+    """argparse's type of a number within limits, or of several with blanks between, which it returns as a tuple."""
+
+    low: float  # whole numbers alone if it is an int
+    high: float
+    ends: bool = True  # the limits themselves are allowed
+    several: bool = False
+
+    @property
+    def range(self) -> str:
+        """For --help: 1..100, and >0..<1 without the ends."""
+        low, high = (format(end, "" if isinstance(end, int) else "g") for end in (self.low, self.high))
+        return (f"{low}..{high}" if self.ends else f">{low}..<{high}") + (" ..." if self.several else "")
+
+    def __call__(self, text: str) -> Any:
+        """The number. Raises ArgumentTypeError."""
+        return tuple(map(self._one, words(text))) if self.several else self._one(text)
+
+    def _one(self, text: str) -> float:
+        whole, low, high = isinstance(self.low, int), f"{self.low:g}", f"{self.high:g}"
+        limits = f"of at least {low} and at most {high}" if self.ends else f"above {low} and below {high}"
+        if whole:
+            limits = f"of at least {self.low} and at most {self.high}"
+        value = _whole(text) if whole else _number(text)
+        if value is None:
+            kind = f"whole number {limits}" if whole else "number or a fraction such as 8/255"
+            raise argparse.ArgumentTypeError(f"give a {kind}, not {_quoted(text)}")
+        if not (self.low <= value <= self.high and (self.ends or self.low < value < self.high)):
+            raise argparse.ArgumentTypeError(f"give a {'whole ' if whole else ''}number {limits}, not {_quoted(text)}")
+        return value
 
 
-def non_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"give a whole number of at least 0, not {text!r}")
-    return int(text)
+def between(low: float, high: float, several: bool = False) -> Number:
+    """Numbers from low to high; whole ones if low is an int."""
+    return Number(low, high, several=several)
 
 
-def positive_float(text: str) -> float:
-    """A finite number above 0, also as a fraction."""
-    value = _number(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"give a number above 0, not {text!r}")
-    return value
+def inside(low: float, high: float, several: bool = False) -> Number:
+    """Numbers above low and below high, also as fractions."""
+    return Number(low, high, ends=False, several=several)
 
 
-def fraction(text: str) -> float:
-    """A number between 0 and 1, neither included."""
-    value = _number(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"give a number between 0 and 1, not {text!r}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    value = _number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"give a number of at least 0, not {text!r}")
-    return value
-
-
-def floats(text: str) -> tuple[float, ...]:
-    """Numbers above 0 with blanks between, also as fractions: '8/255 0.5 12'."""
-    return tuple(positive_float(part) for part in words(text))
-
-
-def ints(text: str) -> tuple[int, ...]:
-    """Whole numbers of at least 1 with blanks between."""
-    return tuple(positive_int(part) for part in words(text))
+# For numbers without a limit of their own; beyond these they are a slip.
+positive_int, non_negative_int = between(1, 10**9), between(0, 10**9)
+positive_float, non_negative_float, fraction = inside(0.0, 1e12), between(0.0, 1e12), inside(0.0, 1.0)
+floats, ints = inside(0.0, 1e12, several=True), between(1, 10**9, several=True)
 
 
 def words(text: str) -> tuple[str, ...]:
     """Words with blanks between."""
-    if not text.split():
-        raise argparse.ArgumentTypeError("give at least one value")
-    return tuple(text.split())
+    found = tuple(text.split())
+    if not 1 <= len(found) <= MOST_VALUES:
+        raise argparse.ArgumentTypeError(f"give at least one value and at most {MOST_VALUES}, not {len(found)}")
+    return found
 
 
-def _number(text: str) -> float:
-    numerator, slash, denominator = text.partition("/")
-    try:
-        value = float(numerator) / (float(denominator) if slash else 1)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"give a number or a fraction such as 8/255, not {text!r}")
+def text(value: str) -> str:
+    """A path or a name."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty, give a value or leave the flag out")
+    return text_or_nothing(value)
+
+
+def text_or_nothing(value: str) -> str:
+    """A path or a name, or an empty one, which stands for none."""
+    if len(value) > LONGEST_PATH or "\0" in value:
+        raise argparse.ArgumentTypeError(f"give at most {LONGEST_PATH} characters, and no NUL")
     return value
+
+
+def _whole(text: str) -> int | None:
+    """None if it is no whole number, in ASCII digits; one of more digits than any limit has is cut to 30."""
+    digits = re.fullmatch("0*([0-9]+)", text.strip(" "))
+    return int(digits[1][:30]) if digits else None
+
+
+def _number(text: str) -> float | None:
+    """A decimal number or a fraction of two; None if it is neither."""
+    parts = text.strip(" ").split("/")
+    if len(text) > 100 or len(parts) > 2 or not all(re.fullmatch(DECIMAL, part) for part in parts):
+        return None
+    try:
+        return float(parts[0]) / float("1" if len(parts) == 1 else parts[1])
+    except ZeroDivisionError:
+        return None
+
+
+def _quoted(text: str) -> str:
+    return repr(printable(text, 60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,9 +38,23 @@ def cast_weights_once(device: torch.device, amp: Amp) -> torch.autocast | None:
 
 
 def check_amp(device: torch.device, amp: Amp) -> None:
-    """Raises ValueError if the device does not take the format."""
+    """Raises ValueError if the device does not take the format; warns if it has no instructions for it."""
     if amp == "fp16" and device.type != "cuda":
         raise ValueError(f"fp16 is for CUDA devices; on {device.type} take bf16")
+    if amp == "bf16" and device.type == "cpu" and not cpu_has_bf16() and os.environ.get("RANK", "0") == "0":
+        print(
+            "WARNING: this processor has no bfloat16 instructions, --amp=bf16 is many times slower; leave it out",
+            flush=True,
+        )
+
+
+def cpu_has_bf16() -> bool:
+    """Does the processor have bfloat16 instructions that PyTorch uses? Without them a pass took 11 times as long as in float32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):  # ATEN_CPU_CAPABILITY can lower it
+            return False
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def set_up_torch(threads: int | None, tf32: bool) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -24,9 +24,16 @@ PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "gdown", "scikit-lea
 
 
 def new_folder(parent: str, parts: list[str]) -> Path:
-    """Make parent/NAME, or with -2, -3, ... behind it if there is one. Raises OSError."""
+    """Make parent/NAME, or with -2, -3, ... behind it if there is one. Raises OSError, and then leaves no new folder."""
     name = folder_name(parts)
-    Path(parent).mkdir(parents=True, exist_ok=True)
+    missing = [path for path in (Path(parent), *Path(parent).parents) if not path.exists()]
+    try:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for path in missing:
+            with suppress(OSError):  # not made, or another process uses it by now
+                path.rmdir()
+        raise
     for number in count(1):
         folder = Path(parent) / (name if number == 1 else f"{name}-{number}")
         try:

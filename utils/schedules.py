@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import accumulate
 
 Schedule = Callable[[float], float]
+MOST_SPANS = 20  # a rate of lr_max / 10**19 trains nothing
 
 
 def lr_schedule(name: str, lr_max: float) -> Schedule:
@@ -26,7 +28,8 @@ def _milestones(name: str) -> list[float]:
     if name == "piecewise-ft":
         return [1 / 3, 2 / 3]
     head, *spans = name.split("-")
-    if head == "piecewise" and spans and all(span.isdecimal() and int(span) > 0 for span in spans):
+    numbers = all(re.fullmatch("0*[1-9][0-9]{0,8}", span) for span in spans)
+    if head == "piecewise" and numbers and 1 <= len(spans) <= MOST_SPANS:
         borders = list(accumulate(int(span) for span in spans))
         return [border / borders[-1] for border in borders[:-1]]
     raise ValueError(

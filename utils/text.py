@@ -1,0 +1,16 @@
+"""Names that people choose, as text: folders, classes, notes may hold line breaks, control characters and bytes that are no UTF-8."""
+
+from __future__ import annotations
+
+JOINERS = "\u200c\u200d"  # not printable in Python's eyes, but parts of words in Persian and of emoji
+
+
+def printable(text: object, longest: int = 1000) -> str:
+    """str(text) on one line: what does not print as an escape such as \\n or \\udcff, and a long text without its middle."""
+    shown = str(text)
+    if len(shown) > longest:
+        half = (longest - 3) // 2
+        shown = f"{shown[:half]}...{shown[-half:]}"
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in shown)
