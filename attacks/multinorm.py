@@ -20,7 +20,9 @@ from .losses import cross_entropy
 from .msd import msd
 from .threat import Threat
 
-Attack = Callable[..., Any]  # (model, x (B, ...), y (B,), more tensors ...) -> a tensor, a tuple or a dataclass of tensors
+Attack = Callable[
+    ..., Any
+]  # (model, x (B, ...), y (B,), more tensors ...) -> a tensor, a tuple or a dataclass of tensors
 
 
 @dataclass(frozen=True)

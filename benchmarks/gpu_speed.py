@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
@@ -144,16 +145,19 @@ def time_attacks(device: torch.device, args: Any) -> Times:
 
         works: dict[str, Callable[..., Any]] = {"passes": bare}
         for threat in threats_of("cifar10", list(NORMS), None):
-            works[threat.norm] = lambda model, x, y, threat=threat: apgd(model, x, y, threat, 10)
+            works[threat.norm] = partial(apgd, threat=threat, n_iter=10)
         context = cast_weights_once(device, amp) or no_param_grad(model)  # type: ignore[arg-type]
         with eval_mode(model), context:
             for graphed in (True, False) if device.type == "cuda" else (False,):
                 times = {}
                 for name, work in works.items():
                     call = GraphedAttack(work, model, PassCounter()) if graphed else work
-                    times[name] = median(milliseconds(lambda call=call: call(forward, x, y), device, 9))
+                    times[name] = median(milliseconds(partial(call, forward, x, y), device, 9))
                 name = f"{amp}, {'graphs' if graphed else 'kernel by kernel'}"
-                found[name] = {norm: {"ms": round(times[norm], 2), "over_passes": round(times[norm] / times["passes"], 3)} for norm in NORMS}
+                found[name] = {
+                    norm: {"ms": round(times[norm], 2), "over_passes": round(times[norm] / times["passes"], 3)}
+                    for norm in NORMS
+                }
     return found
 
 

@@ -24,7 +24,9 @@ from training.metrics import PassCounter
 from utils.modules import eval_mode, no_param_grad
 from utils.precision import autocast_model, cast_weights_once, check_amp
 
-ON_CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")])
+ON_CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+)
 
 
 class WrittenDown(TorchDispatchMode):

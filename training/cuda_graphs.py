@@ -48,7 +48,9 @@ class GraphedAttack:
             except RuntimeError as error:
                 self.can_record = False
                 reason = str(error).split("\n")[0]
-                warnings.warn(f"the attack cannot be a CUDA graph with this network, and is slower: {reason}", stacklevel=2)
+                warnings.warn(
+                    f"the attack cannot be a CUDA graph with this network, and is slower: {reason}", stacklevel=2
+                )
                 return self.attack(model, *tensors)
         return recording.replay(tensors)
 
@@ -91,5 +93,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: map_tensors(function, getattr(value, field.name)) for field in fields(value)})
+        return replace(
+            value, **{field.name: map_tensors(function, getattr(value, field.name)) for field in fields(value)}
+        )
     return tuple(map_tensors(function, each) for each in value)
