@@ -54,12 +54,15 @@ def apgd(
 
     Starts at x, or at the projection of x + delta_init (B, ...). `top_fraction` is the
     fraction of the input's entries that the first L1 step moves, from any start. `stages`, if given, replace the
-    radius and n_iter; only iterates of the last stage count. The model should be in eval mode. Raises ValueError for a stage of no steps.
+    radius and n_iter; only iterates of the last stage count. The model should be in eval mode.
+    Raises ValueError for a stage of no steps and for other shapes; on a CPU also for pixels outside [0, 1] and labels that are no class,
+    which elsewhere would make the host wait.
 
     The defaults are those of training. An evaluation starts each run at a random delta_init, has top_fraction=0.2, and in L1 stages of
     3, 2 and 1 eps (norms.shrinking); `robust_accuracy` makes all its runs so.
     """
     x = x.detach()
+    _check_inputs(x, y, delta_init)
     run = APGD(threat.norm, stages or [(threat.eps, n_iter)], top_fraction, x)
     rows = run.begin(x, delta_init)
     broken = torch.zeros_like(y, dtype=torch.bool)
@@ -100,18 +103,74 @@ def apgd_each(
 
 
 def loss_and_grad(model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (B,); its gradient with respect to x_adv up to a positive factor (B, ...), zeros without with_grad; misclassified (B,) bool."""
+    """Loss (B,); its gradient with respect to x_adv up to a positive factor (B, ...), zeros without with_grad; misclassified (B,) bool.
+
+    Loss and gradient are made `finite`.
+    """
+    logits, values, grad = forward_backward(model, x_adv, y, loss, with_grad)
+    return *finite(values, grad), misclassified(logits, y)
+
+
+def forward_backward(
+    model: Model, x_adv: Tensor, y: Tensor, loss: Loss, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, K), loss (B,) and its gradient up to a positive factor (B, ...), as the network gives them: they may be NaN.
+
+    The gradient is 0 without with_grad, and where the loss does not depend on x_adv through autograd. Raises ValueError for other logits.
+    """
     with torch.set_grad_enabled(with_grad):
         x_adv = x_adv.detach().requires_grad_(with_grad)
-        answer = model(x_adv)
+        answer = model(x_adv.clone())  # a network may change its input in place
+        check_logits(answer, len(x_adv))
         logits = answer.to(x_adv.dtype)
         values = loss(logits, y)
         # In float16 small gradients would vanish; only the direction counts, so they need not be scaled back.
-        scale = HALF_SCALE if answer.dtype == torch.float16 else 1
-        total = scale * values.sum()
-        # A channels-last network gives a gradient in its own layout; everything here works on plain rows.
-        grad = torch.autograd.grad(total, x_adv)[0].contiguous() if with_grad else torch.zeros_like(x_adv)
-    return values.detach(), grad, logits.detach().argmax(1) != y
+        total = (HALF_SCALE if answer.dtype == torch.float16 else 1) * values.sum()
+        grad = torch.autograd.grad(total, x_adv, allow_unused=True)[0] if total.requires_grad else None
+    # A channels-last network gives a gradient in its own layout; everything here works on plain rows.
+    grad = torch.zeros_like(x_adv) if grad is None else grad.contiguous()
+    return logits.detach(), values.detach(), grad.detach()
+
+
+def finite(values: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient for a search: a loss of NaN is the lowest, and entries of the gradient that are not finite are 0.
+
+    NaN compares as false, so as a best loss it would stay for ever; one NaN in a gradient would spoil its norm, and so every entry.
+    """
+    return values.nan_to_num(float("-inf"), float("inf"), float("-inf")), grad.nan_to_num(0, 0, 0)
+
+
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """(B,) bool: the largest of the logits (B, K) is not the label's, or is NaN or infinite, which is no answer."""
+    top = logits.max(1)
+    return ~((top.indices == y) & (top.values.abs() < float("inf")))  # max gives NaN where there is one
+
+
+def check_logits(answer: Tensor, n: int, num_classes: int | None = None) -> None:
+    """Raises ValueError unless a network's answer to n images is a tensor of real logits (n, num_classes), or (n, any number > 0)."""
+    if not isinstance(answer, Tensor):
+        raise ValueError(f"the network must give a tensor of logits, it gave a {type(answer).__name__}")
+    expected = (n, num_classes or answer.shape[-1] if answer.dim() else 0)
+    if answer.shape != expected or not answer.shape[1] or answer.is_complex():
+        dtype = f" of type {answer.dtype}" if answer.is_complex() else ""
+        classes = num_classes or "number of classes"
+        raise ValueError(
+            f"the network must give real logits of shape ({n}, {classes}) for {n} images, it gave {tuple(answer.shape)}{dtype}"
+        )
+
+
+def _check_inputs(x: Tensor, y: Tensor, delta_init: Tensor | None) -> None:
+    """Raises ValueError for what is no images (B, ...), labels (B,) and start (B, ...); values are looked at on a CPU alone."""
+    if x.dim() < 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"images (B, ...) and labels (B,) are needed, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not x.is_floating_point() or y.dtype != torch.int64:
+        raise ValueError(f"images must be floats in [0, 1] and labels int64, got {x.dtype} and {y.dtype}")
+    if delta_init is not None and delta_init.shape != x.shape:
+        raise ValueError(f"delta_init must have the images' shape {tuple(x.shape)}, got {tuple(delta_init.shape)}")
+    if x.device.type == "cpu" and not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError("pixels must be in [0, 1]; a network that takes normalised images has to normalise them itself")
+    if y.device.type == "cpu" and bool((y < 0).any()):
+        raise ValueError(f"labels must be whole numbers from 0, got {int(y.min())}")
 
 
 @dataclass
