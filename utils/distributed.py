@@ -93,6 +93,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def all_gather(value: T) -> list[T]:
+    """Every process' value, any that pickle takes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of `value` over the processes, in place."""
     if dist.is_initialized():

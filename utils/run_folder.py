@@ -55,20 +55,6 @@ def newest_folder(parent: str, parts: list[str]) -> Path | None:
     raise AssertionError
 
 
-def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: bool) -> Path:
-    """A new folder, or to resume the newest one of this name. Raises ValueError if that was made with other settings."""
-    newest = newest_folder(save_dir, parts) if resume else None
-    if newest is None or not (newest / "asked.json").exists():
-        folder = new_folder(save_dir, parts)
-        write_json(folder / "asked.json", asked)
-        return folder
-    before = read_json(newest / "asked.json")
-    different = [name for name in asked if before.get(name) != asked[name]]
-    if different:
-        raise ValueError(f"{newest} was made with another {', '.join(different)}: give the same, or leave --resume out")
-    return newest
-
-
 def folder_name(parts: list[str]) -> str:
     """The non-empty parts in portable letters."""
     return "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts if part)[:180]
@@ -85,14 +71,6 @@ def new_folder_or_nothing(folder: Path) -> Iterator[Path]:
         if missing:
             shutil.rmtree(missing[-1], ignore_errors=True)
         raise
-
-
-def emptied(folder: Path) -> Path:
-    """The folder, new and empty. Raises OSError."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    return folder
 
 
 def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -121,7 +99,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """An object from a file of JSON. Raises ValueError or OSError."""
     try:
         content = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON or UTF-8; a number of thousands of digits; nested too deep
         raise ValueError(f"{path} is not a JSON file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
