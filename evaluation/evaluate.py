@@ -71,7 +71,7 @@ def evaluate(
         curve = curve_logs(threats, n) if options.curve else {}
         store.begin(identity(context, logs, options), logs | curve, examples, threats if folder else ())
         chosen[mine] = clean[mine]
-        warnings += make_verified_runs(context, logs, chosen, store)
+        warnings += make_verified_runs(context, logs, chosen, store, mine)
         if curve:
             make_curve_runs(context, logs, curve, chosen)
     warnings = gather(mine, clean, logs | curve, warnings)
@@ -99,18 +99,19 @@ def identity(
 
 
 def make_verified_runs(
-    context: EvaluationContext, logs: Mapping[Threat, AttackLog], chosen: Tensor, store: Store
+    context: EvaluationContext, logs: Mapping[Threat, AttackLog], chosen: Tensor, store: Store, mine: Tensor
 ) -> list[str]:
     """`make_runs`, then read the images back that broke examples, and judge them again in float32; warnings.
 
     Examples whose image fails that are attacked again, once; those that fail once more count as not broken, and are warned of.
     """
-    mine, failures = chosen.nonzero()[:, 0], dict.fromkeys(store.images, 0)
+    failures = dict.fromkeys(store.images, 0)
     for again in (True, False):
         make_runs(context, logs, chosen)
         for threat in store.images:
             failed, counts = store.verify(context.network, context.examples, threat, mine), logs[threat].counts
             store.reset(threat, failed, context.examples, again)
+            store.restore_clean(threat, mine, context.examples)
             failures[threat] = len(failed)
             counts["images_verified"] = int(logs[threat].broken[mine].sum())
             counts["images_attacked_again"] = counts.get("images_attacked_again", 0) + again * len(failed)

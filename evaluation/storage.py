@@ -21,7 +21,7 @@ from attacks.results import AttackLog, Attempt
 from attacks.standard import EvaluationCallback, Examples, Network
 from attacks.threat import Threat
 from utils.checkpoint import StateFiles, load_tensors, matches_digest, state_files
-from utils.cli import blame
+from utils.cli import UsageError
 from utils.distributed import run_on_rank0
 from utils.resume import WAIT, lock_run
 from utils.run_folder import new_folder, newest_folder
@@ -54,14 +54,16 @@ class Store(EvaluationCallback):
     def begin(self, identity: dict[str, Any], logs: Logs, examples: Examples, with_images: Sequence[Threat]) -> None:
         """Put what was found before into the logs, and make the folder ready; the images of some threat models are kept.
 
-        Raises UsageError, on all processes, if the folder holds another evaluation, or if the disk is too full for the images.
+        Raises UsageError if the folder holds another evaluation, OSError such as for a full disk, both on all processes.
         """
         self.logs, self.identity = logs, identity
         if self.folder is None:
             return
         files = {threat: ImageFile(image_path(self.folder, threat), examples) for threat in with_images}
-        with blame("--resume"):
+        try:
             self.number, found = run_on_rank0(lambda: self._found_before(files))
+        except ValueError as error:
+            raise UsageError("--resume", error) from error
         for key, log in by_key(logs).items():
             log.passes.copy_(found[key]["passes"])
             log.broken_by.copy_(found[key]["broken_by"])
@@ -123,11 +125,19 @@ class Store(EvaluationCallback):
     def verify(self, network: Network, examples: Examples, threat: Threat, mine: Tensor) -> Tensor:
         """Read the images back that broke examples of `mine` (B,): the examples (F,) whose image is not allowed or does not break them."""
         failed = [mine[:0]]
-        for index in mine[self.logs[threat].broken[mine]].split(network.batch_size):
+        broken = mine[self.logs[threat].broken[mine]]
+        for index in broken.split(network.batch_size) if len(broken) else ():
             x_adv = self.images[threat].read(index.tolist())
             wrong = network.predictions(x_adv.nan_to_num().to(network.device)) != examples.y[index]
             failed.append(index[~(wrong & threat.contains(examples.x(index), x_adv))])
         return torch.cat(failed)
+
+    def restore_clean(self, threat: Threat, mine: Tensor, examples: Examples) -> None:
+        """Put the clean images of unbroken examples of `mine` (B,) back where the file has others."""
+        for index in mine[~self.logs[threat].broken[mine]].split(1000):
+            x = examples.x(index)
+            other = (self.images[threat].read(index.tolist()) != x).flatten(1).any(1)
+            self.images[threat].write(index[other].tolist(), x[other])
 
     def reset(self, threat: Threat, failed: Tensor, examples: Examples, again: bool) -> None:
         """Put the clean images back of the failed examples (F,): they are not broken, and with `again` no run was made on them."""
@@ -263,8 +273,9 @@ class ImageFile:
         for place in index:
             file.seek(len(self.header) + self.row * place)
             data = file.read(self.row)
-            rows.append(np.frombuffer(data if len(data) == self.row else b"\xff" * self.row, "<f4"))
-        return torch.from_numpy(np.stack(rows).astype(np.float32)).view(len(index), *self.shape[1:])
+            rows.append(data if len(data) == self.row else b"\xff" * self.row)
+        images = np.frombuffer(b"".join(rows), "<f4").astype(np.float32)
+        return torch.from_numpy(images).view(len(index), *self.shape[1:])
 
     def sync(self) -> None:
         """Wait until what was written is on the disk. Raises OSError."""

@@ -71,7 +71,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def run_on_rank0(function: Callable[[], T]) -> T:
-    """Call the function on rank 0 and return its result on all ranks; its ValueError or OSError is a ValueError on all ranks."""
+    """Call the function on rank 0 and return its result on all ranks; its ValueError or OSError is one on all ranks."""
     if not dist.is_initialized():
         return function()
     box: list[Any] = [None, None]
@@ -79,10 +79,10 @@ def run_on_rank0(function: Callable[[], T]) -> T:
         try:
             box[0] = function()
         except (ValueError, OSError) as error:
-            box[1] = str(error)
+            box[1] = (OSError if isinstance(error, OSError) else ValueError)(str(error))
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise ValueError(box[1])
+        raise box[1]
     value: T = box[0]
     return value
 

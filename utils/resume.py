@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from utils.checkpoint import load_tensors, newest_state, write_atomic
-from utils.run_folder import read_json, write_json
+from utils.run_folder import parse_json, read_json, write_json
 
 WAIT = 10.0  # seconds to wait for a lock: data workers of a killed process may outlive it and hold its lock for a while
 REPRODUCED = ("commit", "packages", "device", "threads", "processes")  # with the same, weights are the same bit for bit
@@ -92,9 +92,9 @@ def cut_metrics(path: Path, epochs: int) -> None:
         kept = []
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)["epoch"] <= epochs:
+                if parse_json(line)["epoch"] <= epochs:
                     kept.append(line)
-            except (ValueError, KeyError, TypeError, RecursionError):  # cut off by the end of a run
+            except (ValueError, KeyError, TypeError):  # cut off by the end of a run
                 continue
         write_atomic("".join(f"{line}\n" for line in kept).encode(), path)
 

@@ -95,12 +95,39 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(f"{text}\n".encode(), path)
 
 
+LONGEST_NUMBER, DEEPEST = 30, 100  # digits, levels; of what these programs write
+
+
+def parse_json(text: str) -> Any:
+    """What a text of JSON holds. Raises ValueError, also for whole numbers and nesting beyond all that is written here."""
+    try:
+        content = json.loads(text, parse_int=_whole_number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level, depth = [content], 0
+    while level:
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deep")
+        depth += 1
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for values in inner for each in values]
+    return content
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """An object from a file of JSON. Raises ValueError or OSError."""
     try:
-        content = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:  # no JSON or UTF-8; a number of thousands of digits; nested too deep
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not a JSON file") from error
+    except ValueError as error:  # UnicodeDecodeError too
+        raise ValueError(f"{path} is not a JSON file that can be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content
