@@ -347,7 +347,7 @@ def test_an_end_is_one_line_that_says_how_to_go_on(
             time.sleep(0.002)
         for process in started:
             if number == "full":
-                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+                resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             elif isinstance(number, signal.Signals):
                 os.kill(process.pid or 0, number)
         for process in started:

@@ -73,7 +73,8 @@ def one_line_end(prog: str, signals: Signals, argv: Sequence[str] | None) -> Ite
         program = f"torchrun ... {prog}" if "WORLD_SIZE" in os.environ else f"python {prog}"
         again = f"{program} {shlex.join(flags + ['--resume'] * ('--resume' not in flags))}"
         how = f"what was found is kept in {folders[0]}; go on with: {again}" if folders else "nothing was begun"
-        print(f"{prog}: {printable(' '.join(what.split()), 500)}; {printable(how, 5000)}", file=sys.stderr, flush=True)
+        if not number or os.environ.get("RANK", "0") == "0":  # a signal as a rule comes to all processes
+            print(f"{prog}: {printable(' '.join(what.split()), 500)}; {printable(how, 5000)}", file=sys.stderr)
         raise SystemExit(128 + number if number else 1) from error
 
 
