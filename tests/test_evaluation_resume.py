@@ -233,7 +233,7 @@ def test_an_image_that_never_comes_back_whole_is_not_counted(
     done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a disk that forgets what is written to it."""
-    from evaluation.storage import ImageFile
+    from evaluation.images import ImageFile
 
     def forgetful(self: ImageFile, index: list[int], images: torch.Tensor) -> None:
         pass

@@ -32,7 +32,7 @@ from attacks.standard import (
 from attacks.threat import Threat
 from data import DATASETS, load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate
-from evaluation.storage import image_path
+from evaluation.images import image_path
 from models import build_model
 from training.optim import parameter_groups
 

@@ -69,13 +69,18 @@ def one_line_end(prog: str, signals: Signals, argv: Sequence[str] | None) -> Ite
         what = (
             signal.Signals(number).name if number else str(error) if isinstance(error, OSError) else _described(error)
         )
-        flags = [*(sys.argv[1:] if argv is None else argv)]
-        program = f"torchrun ... {prog}" if "WORLD_SIZE" in os.environ else f"python {prog}"
-        again = f"{program} {shlex.join(flags + ['--resume'] * ('--resume' not in flags))}"
-        how = f"what was found is kept in {folders[0]}; go on with: {again}" if folders else "nothing was begun"
+        kept = f"what was found is kept in {folders[0]}; go on with: " if folders else "nothing was begun"
+        how = kept + (_again(prog, argv) if folders else "")
         if not number or os.environ.get("RANK", "0") == "0":  # a signal as a rule comes to all processes
             print(f"{prog}: {printable(' '.join(what.split()), 500)}; {printable(how, 5000)}", file=sys.stderr)
         raise SystemExit(128 + number if number else 1) from error
+
+
+def _again(prog: str, argv: Sequence[str] | None) -> str:
+    """The same command, with --resume."""
+    flags = [*(sys.argv[1:] if argv is None else argv)]
+    program = f"torchrun ... {prog}" if "WORLD_SIZE" in os.environ else f"python {prog}"
+    return f"{program} {shlex.join(flags if '--resume' in flags else [*flags, '--resume'])}"
 
 
 def _described(error: BaseException) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.cli import UsageError
+
 T = TypeVar("T")
 
 
@@ -34,10 +36,14 @@ class Process:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Process]:
-    """This process, joined to the others by NCCL for CUDA and gloo otherwise where torchrun started it."""
-    if "WORLD_SIZE" not in os.environ:
+    """This process, joined to the others by NCCL for CUDA and gloo otherwise where torchrun started it. Raises UsageError."""
+    missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and os.environ.get("WORLD_SIZE", "1") == "1":  # some schedulers set it for a single process too
         yield Process(device)
         return
+    if missing:
+        advice = "start the program with torchrun, or unset WORLD_SIZE to run one process"
+        raise UsageError("WORLD_SIZE", f"the environment has it without {', '.join(missing)}; {advice}")
     # In an evaluation a process may wait long for one with harder images; if one dies, torchrun ends the others.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
