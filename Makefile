@@ -1,11 +1,12 @@
 # make demo: Linf-robust digits, before and after E-AT fine-tuning.   make test: lint, types, tests.   make bench: speed.
+# make gpu: what a machine with an NVIDIA GPU shows; PART=1 to 5, each under nine minutes; DATA_DIR=DIR with CIFAR-10.
 # Each sets itself up in .venv. A CPU build of torch, which is smaller: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PY := .venv/bin/python
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CODE := attacks evaluation training models utils config.py data.py train.py eval.py plot.py benchmarks examples
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench gpu lint clean
 
 .venv/.run: requirements-tested.txt
 	@echo "installing into .venv: about 6 GB with torch's CUDA build on Linux, downloaded once (make's first lines: a CPU build)"
@@ -38,6 +39,9 @@ test-slow: .venv/.dev  # minutes: robust accuracy against pyautoattack's, torchr
 
 bench: .venv/.libraries  # a quarter of an hour on two cores: ratios to the plain way and to other libraries
 	$(PY) benchmarks/speed.py
+
+gpu: .venv/.dev
+	$(PY) benchmarks/gpu.py $(if $(PART),--part=$(PART)) $(if $(DATA_DIR),--data_dir=$(DATA_DIR))
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

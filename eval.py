@@ -16,9 +16,9 @@ import utils.installed  # noqa: F401
 
 # isort: split
 
-import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,32 +27,31 @@ from torch import nn
 
 from attacks.results import AttackPlan, table
 from attacks.standard import Examples, Network
-from attacks.threat import Threat
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
-from data import Dataset, FolderSplit, Split, load_dataset
+from data import Dataset, FolderSplit, load_dataset
 from evaluation.baseline import check_baseline, read_baseline
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
 from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields
+from evaluation.storage import evaluation_folder
 from models.pretrained import Loaded, check_fits, load_model
 from models.robustbench_zoo import published_preparation
-from utils.checkpoint import fingerprint, tensors_fingerprint
-from utils.cli import UsageError, blame, usage_errors
+from utils.cli import UsageError, blame, one_line_end, usage_errors
 from utils.distributed import Process, choose_device, local_device, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.run_folder import environment, folder_for, write_json
+from utils.run_folder import environment, write_json
+from utils.signals import Signals
 from utils.text import printable
-
-# An evaluation is resumed only if none of these changed. Not the device, the batch size or the number of processes.
-IDENTITY = (
-    "dataset", "image_size", "n_ex", "l_norms", "l_eps", "attacks", "n_iter", "n_restarts", "n_targets", "union_only", "curve", "amp",
-    "seed",
-)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Load, attack, print the table, save eval.json and the adversarial examples. Returns the result's folder."""
-    with usage_errors("eval.py"):
+    with (
+        usage_errors("eval.py"),
+        Signals() as signals,
+        one_line_end("eval.py", signals, argv) as folders,
+        ExitStack() as stack,
+    ):
         config = checked_eval(EvalConfig(**flags_given(make_parser(EvalConfig, __doc__), argv)))
         with blame("--baseline"):
             baseline = read_baseline(config.baseline) if config.baseline else None
@@ -72,8 +71,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         model = loaded.model.eval().to(device).requires_grad_(False)
         with blame("--model_name"):
             check_fits(model, data.shape, data.num_classes)
-        with process_group(device) as process:
-            return evaluate_and_report(config, data, model, process, baseline)
+        process = stack.enter_context(process_group(device))
+        parts = ["eval", config.dataset or "", *(config.model_name or "").split("/")[-2:], f"n{config.n_ex}"]
+        # Rank 0 chooses the folder; its error is raised on all ranks.
+        with blame("--resume" if config.resume else "--save_dir"):
+            folder = run_on_rank0(lambda: evaluation_folder(config.save_dir, parts, config.resume, stack))
+        folders.append(folder)
+        evaluate_and_report(config, data, model, process, folder, baseline)
+        return folder
 
 
 def load_data(config: EvalConfig, loaded: Loaded) -> tuple[Dataset, EvalConfig]:
@@ -97,17 +102,17 @@ def load_data(config: EvalConfig, loaded: Loaded) -> tuple[Dataset, EvalConfig]:
 
 
 def evaluate_and_report(
-    config: EvalConfig, data: Dataset, model: nn.Module, process: Process, baseline: dict[str, Any] | None
-) -> Path:
-    """Attack, print, save; the result's folder."""
+    config: EvalConfig,
+    data: Dataset,
+    model: nn.Module,
+    process: Process,
+    folder: Path,
+    baseline: dict[str, Any] | None,
+) -> None:
+    """Attack, print, save."""
     with blame("--data_dir"):
         test = data.test.take(config.n_ex or 0).in_memory()
     threats = [] if config.only_clean else threats_of(config.dataset or "", config.l_norms, config.l_eps)
-    asked = identity(config, model, test, data, threats)
-    parts = ["eval", config.dataset or "", *(config.model_name or "").split("/")[-2:], f"n{config.n_ex}"]
-    # Rank 0 chooses the folder; its error is raised on all ranks.
-    with blame("--resume" if config.resume else "--save_dir"):
-        folder = run_on_rank0(lambda: folder_for(config.save_dir, parts, asked, config.resume))
     if process.is_rank0:
         attacked = ", ".join(map(str, threats)) or "no attack"
         what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
@@ -125,7 +130,6 @@ def evaluate_and_report(
         shown = worst_examples(Network(model, process.device), examples, result, folder, data.class_names)
         write_report(folder / "report.html", content, test.labels.tolist(), data.class_names, shown)
         print(f"saved in {folder}; open report.html there to look at it")
-    return folder
 
 
 def attack_plan(config: EvalConfig) -> AttackPlan:
@@ -135,20 +139,6 @@ def attack_plan(config: EvalConfig) -> AttackPlan:
     )
 
 
-def identity(
-    config: EvalConfig, model: nn.Module, test: Split, data: Dataset, threats: Sequence[Threat]
-) -> dict[str, Any]:
-    """What must be the same for an evaluation to be resumed: settings, network weights, images read from files, attack runs."""
-    found = {name: getattr(config, name) for name in IDENTITY} | {"network": fingerprint(model)}
-    if isinstance(data.test, FolderSplit):
-        found["points"] = tensors_fingerprint(
-            test.images, test.labels
-        )  # the data set's name does not tell which they are
-    plan = attack_plan(config)
-    runs = [f"{threat}: {run}" for threat in threats for run in plan.runs(threat.norm, data.num_classes)]
-    return json.loads(json.dumps(found)) | {"runs": runs}
-
-
 def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:
     """Save eval.json and what else was asked for; print the table, differences to the baseline and warnings."""
     write_json(folder / "eval.json", content)
@@ -156,6 +146,8 @@ def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:
         for norm in content["norms"]:
             write_json(folder / f"robustbench_{norm}.json", robustbench_fields(content, norm))
     print(table(content["accuracy"]))
+    verified = sum(about["counts"].get("images_verified", 0) for about in content["norms"].values())
+    print(f"{verified} images that broke the network were read back from their files and judged again")
     if config.baseline:
         print(difference_table(content["difference_to_baseline"], printable(config.baseline)))
     for warning in content["warnings"]:

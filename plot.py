@@ -14,7 +14,6 @@ import utils.installed  # noqa: F401
 
 # isort: split
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from utils.cli import Parser, add_flag, blame, usage_errors, words
+from utils.cli import Parser, UsageError, add_flag, blame, usage_errors, words
 from utils.pictures import as_text
-from utils.run_folder import read_json
+from utils.run_folder import parse_json, read_json
 
 STYLE: dict[str, Any] = {
     "font.size": 8,
@@ -129,12 +128,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number} is not JSON") from error
-        if not isinstance(record, dict) or "epoch" not in record:
+        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
             raise ValueError(f"{path}, line {number} is no epoch of train.py")
         records.append(record)
     return records
@@ -378,13 +377,17 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         parser.error(f"argument --labels: one for each RUN is needed, {len(args.runs)}; got {len(labels)}")
     with blame("RUN"):
         runs = [read_run(folder, label) for folder, label in zip(args.runs, labels, strict=True)]
-    found = list(points(runs))
     with matplotlib.style.context(["default", STYLE]):
-        figures = {"training": draw_training(runs)} if any(run.records for run in runs) else {}
-        figures |= {"tradeoff": draw_tradeoff(found, len(runs))} if found else {}
+        try:
+            found = list(points(runs))
+            figures = {"training": draw_training(runs)} if any(run.records for run in runs) else {}
+            figures |= {"tradeoff": draw_tradeoff(found, len(runs))} if found else {}
+            tell(runs, found)
+        except (TypeError, KeyError, AttributeError, ValueError, IndexError, OverflowError) as error:
+            text = "a file there holds what train.py and eval.py do not write"
+            raise UsageError("RUN", f"{text} ({type(error).__name__}: {error})") from error
         if not figures:
             parser.error("argument RUN: there are neither epochs nor a union accuracy to draw")
-        tell(runs, found)
         with blame("--save_dir"):
             return save(figures, args.save_dir or (args.runs[0] if len(runs) == 1 else Path("plots")))
 

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from .flags import Flag, either, where
 from .losses import cross_entropy
 from .norms import NORMS, Stages
 from .projections import expand_per_example
@@ -64,7 +65,7 @@ def apgd(
     x = x.detach()
     _check_inputs(x, y, delta_init)
     run = APGD(threat.norm, stages or [(threat.eps, n_iter)], top_fraction, x)
-    rows = run.begin(x, delta_init)
+    rows = run.begin(x, delta_init, together=True)
     broken = torch.zeros_like(y, dtype=torch.bool)
     x_adv = x
     for tick in range(run.ticks):
@@ -89,7 +90,7 @@ def apgd_each(
     """
     x = x.detach()
     runs = [APGD(t.norm, [(t.eps, n)], TRAINING_TOP_FRACTION, x) for t, n in zip(threats, n_iters, strict=True)]
-    all_rows = [run.begin(x) for run in runs]
+    all_rows = [run.begin(x, together=True) for run in runs]
     last = max(n_iters)
     for tick in range(last + 1):
         x_new = x + select_per_example([rows.delta for rows in all_rows], which)
@@ -185,11 +186,12 @@ class APGDState:
     best_delta: Tensor  # (B, ...) the iterate of highest loss in this stage
     best_grad: Tensor  # (B, ...)
     best_value: Tensor  # (B,)
-    tick: Tensor  # (B,) int64: number of iterates evaluated so far
+    tick: Tensor | int  # number of iterates evaluated so far, (B,) int64, or one for rows that move together
     step: Tensor  # (B,) the step size
     rises: Tensor  # (B,) HalvingController: steps since the check-point that raised the loss
-    halved: Tensor  # (B,) bool, HalvingController: the step was halved at the last check-point
-    value_at_check: Tensor  # (B,) HalvingController: best loss at the last check-point
+    value_at_check: (
+        Tensor  # (B,) HalvingController: best loss at the last check-point, -inf if the step was halved there
+    )
     nonzeros: Tensor  # (B,) SparseController: entries of best_delta that are not 0, at the last check-point
     keep: Tensor  # (B,) SparseController: how many entries a step moves
 
@@ -216,60 +218,81 @@ class APGD:
         self.controller = self.norm.controller(top_fraction)
         dtype = torch.promote_types(like.dtype, torch.float32)  # radii in half precision would leave the ball
         hashable = tuple((radius, steps) for radius, steps in stages)
-        self.eps, self.starts, self.interval = _tables(self.controller.check_points, hashable, like.device, dtype)
-        self.ticks = len(self.eps)
+        self.tables = _Tables.of(self.controller.check_points, hashable, like.device, dtype)
+        self.ticks = len(self.tables.eps)
         self.counts_from = self.ticks - stages[-1][1] - 1
 
-    def begin(self, x: Tensor, delta_init: Tensor | None = None) -> APGDState:
-        """Rows whose first iterate is x (B, ...), or the projection of x + delta_init."""
+    def begin(self, x: Tensor, delta_init: Tensor | None = None, together: bool = False) -> APGDState:
+        """Rows whose first iterate is x (B, ...), or the projection of x + delta_init.
+
+        `together`: they make all steps together, so that the host knows their step number, and a GPU has fewer kernels to launch.
+        """
         flat, zero = torch.zeros_like(x), x.new_zeros(len(x))
-        tick, no = zero.to(torch.int64), zero.to(torch.bool)
-        start = flat if delta_init is None else self.norm.project(delta_init, x, zero + self.eps[0])
-        return APGDState(x, start, start, flat, zero, start, flat, zero, tick, zero, zero, no, zero, zero, zero)
+        tick = 0 if together else zero.to(torch.int64)
+        start = flat if delta_init is None else self.norm.project(delta_init, x, self.tables.at(0, len(x))[0])
+        return APGDState(x, start, start, flat, zero, start, flat, zero, tick, zero, zero, zero, zero, zero)
 
     def receive(self, rows: APGDState, value: Tensor, grad: Tensor) -> None:
         """Record loss (B,) and gradient (B, ...) at rows.delta; at check-points adapt the step size and return to the best iterate."""
-        starts = self.starts[rows.tick]
-        rose = (value > rows.value) & ~starts
-        better = (value > rows.best_value) | starts
-        rows.best_value = torch.where(better, value, rows.best_value)
-        rows.best_delta = torch.where(expand_per_example(better, grad), rows.delta, rows.best_delta)
-        rows.best_grad = torch.where(expand_per_example(better, grad), grad, rows.best_grad)
-        back = self.controller.adapt(rows, rose, starts, self.interval[rows.tick], self.eps[rows.tick])
-        rows.delta = torch.where(expand_per_example(back, grad), rows.best_delta, rows.delta)
-        rows.grad = torch.where(expand_per_example(back, grad), rows.best_grad, grad)
-        rows.value = torch.where(back, rows.best_value, value)
+        eps, starts, interval = self.tables.at(rows.tick, len(value))
+        better = either(starts, value > rows.best_value)
+        rows.best_value = where(better, value, rows.best_value)
+        rows.best_delta = where(better, rows.delta, rows.best_delta)
+        rows.best_grad = where(better, grad, rows.best_grad)
+        back = self.controller.adapt(rows, value, starts, interval, eps)
+        rows.delta = where(back, rows.best_delta, rows.delta)
+        rows.grad = where(back, rows.best_grad, grad)
+        rows.value = where(back, rows.best_value, value)
         rows.tick = rows.tick + 1
 
     def move(self, rows: APGDState) -> None:
         """Set rows.delta to the next iterate: one ascent step, or the start of the next stage."""
-        eps, starts = self.eps[rows.tick], self.starts[rows.tick]
+        eps, starts, _ = self.tables.at(rows.tick, len(rows.x))
         step = rows.delta + expand_per_example(rows.step, rows.x) * self.norm.steepest(rows.grad, rows.keep)
-        new = self.norm.project(torch.where(expand_per_example(starts, rows.x), rows.best_delta, step), rows.x, eps)
+        new = self.norm.project(where(starts, rows.best_delta, step), rows.x, eps)
         if self.controller.momentum:
             # 0.75 (new - delta) + 0.25 (delta - previous) from delta; in a stage's first step, with no step before, new alone.
-            alone = starts | self.starts[rows.tick - 1]
-            weight = expand_per_example(torch.where(alone, 0, 0.25).to(new.dtype), new)
-            blend = torch.lerp(new, 2 * rows.delta - rows.previous, weight)
+            alone = either(starts, self.tables.at(rows.tick - 1, len(rows.x))[1])
+            blend = where(alone, new, torch.lerp(new, 2 * rows.delta - rows.previous, 0.25))
             new = self.norm.project(blend, rows.x, eps)
         rows.previous, rows.delta = rows.delta, new
 
 
-@lru_cache
-def _tables(
-    check_points: Callable[[int], list[int]], stages: Stages, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For each tick the radius; is it a stage's start; the steps since the last check-point if it is one, else 0. On the device once."""
-    eps = [radius for radius, steps in stages for _ in range(steps + 1)]
-    starts = [step == 0 for _, steps in stages for step in range(steps + 1)]
-    interval = [since for _, steps in stages for since in (0, *check_points(steps))]
-    table = partial(torch.tensor, device=device)
-    return table(eps, dtype=dtype), table(starts), table(interval)
+@dataclass(frozen=True)
+class _Tables:
+    """A run's plan: for each tick the radius; is it a stage's start; the steps since the last check-point if it is one, else 0.
+
+    On the device for rows whose ticks differ, the last two also on the host for rows that move together.
+    """
+
+    eps: Tensor
+    starts: Tensor
+    interval: Tensor
+    known: tuple[tuple[bool, int], ...]
+
+    @classmethod
+    @lru_cache
+    def of(
+        cls, check_points: Callable[[int], list[int]], stages: Stages, device: torch.device, dtype: torch.dtype
+    ) -> _Tables:
+        """Tables of these stages, copied to the device once."""
+        eps = [radius for radius, steps in stages for _ in range(steps + 1)]
+        starts = [step == 0 for _, steps in stages for step in range(steps + 1)]
+        interval = [since for _, steps in stages for since in (0, *check_points(steps))]
+        table = partial(torch.tensor, device=device)
+        known = tuple(zip(starts, interval, strict=True))
+        return cls(table(eps, dtype=dtype), table(starts), table(interval), known)
+
+    def at(self, tick: Tensor | int, n: int) -> tuple[Tensor, Flag, Tensor | int]:
+        """Radius (n,), start and interval of n rows."""
+        if isinstance(tick, Tensor):
+            return self.eps[tick], self.starts[tick], self.interval[tick]
+        return self.eps[tick].expand(n), *self.known[tick]
 
 
 def select_per_example(options: Sequence[Tensor], which: Tensor) -> Tensor:
     """Row i of options[which[i]], for all i: options (B, ...) each, which (B,) int64."""
     chosen = options[0]
-    for index, option in enumerate(options):
+    for index, option in enumerate(options[1:], 1):
         chosen = torch.where(expand_per_example(which == index, option), option, chosen)
     return chosen

@@ -5,6 +5,7 @@ A norm is its projection (projections.py), its direction of steepest ascent, the
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .projections import expand_per_example, project_l1, project_l2, project_linf
+from .flags import Flag, both, either, where
+from .projections import expand_per_example, project_l1, project_l2, project_linf, sorts
 
 if TYPE_CHECKING:
     from .apgd import APGDState
@@ -44,11 +46,17 @@ def steepest_l1(grad: Tensor, keep: Tensor) -> Tensor:
 
 
 def kth_largest(size: Tensor, k: Tensor) -> Tensor:
-    """The k-th (B, 1) largest, from 1, of each row of size (B, N), all >= 0: (B, 1).
+    """The k-th (B, 1) largest, from 1, of each row of size (B, N), all >= 0: (B, 1). (topk needs one k for all rows.)"""
+    return kth_by_sort(size, k) if sorts(size) else kth_by_bits(size, k)
 
-    Bit by bit from the highest: floats are in the order of their bits. A sort costs many times as much (docs/log.md); topk needs one
-    k for all rows.
-    """
+
+def kth_by_sort(size: Tensor, k: Tensor) -> Tensor:
+    """`kth_largest` where a sort is quick."""
+    return size.sort(1, descending=True).values.gather(1, k.long() - 1)
+
+
+def kth_by_bits(size: Tensor, k: Tensor) -> Tensor:
+    """`kth_largest` on CPUs: bit by bit from the highest, as floats are in the order of their bits."""
     whole, bits = (torch.int64, 63) if size.dtype == torch.float64 else (torch.int32, 31)
     found = torch.zeros_like(size[:, :1]).view(whole)
     chosen = torch.empty_like(size)
@@ -72,11 +80,11 @@ class StepController:
         """n_iter numbers: at a step that is a check-point the steps since the previous one, elsewhere 0."""
         raise NotImplementedError
 
-    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
-        """Update rows.step (B,) and this controller's fields; (B,) bool: examples that return to their best iterate.
+    def adapt(self, rows: APGDState, value: Tensor, starts: Flag, interval: Tensor | int, eps: Tensor) -> Flag:
+        """Update rows.step (B,) and this controller's fields; which examples return to their best iterate.
 
-        Called after each evaluated iterate. rose (B,) bool: its loss is above the previous iterate's; starts (B,) bool: it starts a stage;
-        interval (B,): length of the interval that ends here if this is a check-point, else 0; eps (B,): the stage's radius.
+        Called after each evaluated iterate. value (B,): its loss; starts: it starts a stage; interval, (B,) or one for all rows: length
+        of the interval that ends here if this is a check-point, else 0; eps (B,): the stage's radius.
         """
         raise NotImplementedError
 
@@ -97,15 +105,19 @@ class HalvingController(StepController):
                 interval, since = max(interval - shorter, shortest), 0
         return checks
 
-    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
-        rises = rows.rises + rose
-        stuck = ~rows.halved & (rows.best_value <= rows.value_at_check)
+    def adapt(self, rows: APGDState, value: Tensor, starts: Flag, interval: Tensor | int, eps: Tensor) -> Flag:
         check = interval > 0
-        halve = check & ((rises <= 0.75 * interval) | stuck)
-        rows.step = torch.where(starts, 2 * eps, torch.where(halve, rows.step / 2, rows.step))
-        rows.halved = torch.where(check, halve, rows.halved | starts)
-        rows.value_at_check = torch.where(check | starts, rows.best_value, rows.value_at_check)
-        rows.rises = torch.where(check | starts, 0, rises)
+        rises = rows.rises + (value > rows.value)
+        changes = either(check, starts)
+        if changes is False:
+            rows.rises = rises
+            return False
+        halve = both(check, (rises <= 0.75 * interval) | (rows.best_value <= rows.value_at_check))
+        rows.step = where(starts, 2 * eps, where(halve, rows.step / 2, rows.step))
+        # Nothing is at most -inf: after a start and after a halving, the next check-point counts rises alone.
+        new = where(either(starts, halve), -math.inf, rows.best_value)
+        rows.value_at_check = where(changes, new, rows.value_at_check)
+        rows.rises = where(changes, 0, rises)
         return halve
 
 
@@ -119,16 +131,21 @@ class SparseController(StepController):
         every = max(int(0.04 * n_iter), 1)
         return [0 if (k + 1) % every else every for k in range(n_iter)]
 
-    def adapt(self, rows: APGDState, rose: Tensor, starts: Tensor, interval: Tensor, eps: Tensor) -> Tensor:
+    def adapt(self, rows: APGDState, value: Tensor, starts: Flag, interval: Tensor | int, eps: Tensor) -> Flag:
         check = interval > 0
-        nonzeros = (rows.best_delta != 0).flatten(1).sum(1).to(rows.step.dtype)
-        n = rows.x[0].numel()
-        sparser = check & (nonzeros < 0.95 * rows.nonzeros)  # then a new start: step eps, from the best iterate
-        fresh = (rows.tick == 0) | (starts & (nonzeros == 0))  # a run's start, however dense, or the clean image
+        changes = either(check, starts)
+        if changes is False:
+            return False
+        nonzeros = torch.linalg.vector_norm(rows.best_delta.flatten(1), 0, 1)
+        sparser = both(check, nonzeros < 0.95 * rows.nonzeros)  # then a new start: step eps, from the best iterate
         smaller = torch.maximum(rows.step / 1.5, eps / 10)
-        rows.step = torch.where(starts | sparser, eps, torch.where(check, smaller, rows.step))
-        rows.keep = torch.where(fresh, self.top_fraction * n, torch.where(check | starts, nonzeros / 1.5, rows.keep))
-        rows.nonzeros = torch.where(fresh, n, torch.where(check | starts, nonzeros, rows.nonzeros))
+        rows.step = where(either(starts, sparser), eps, where(check, smaller, rows.step))
+        rows.keep = where(changes, nonzeros / 1.5, rows.keep)
+        rows.nonzeros = where(changes, nonzeros, rows.nonzeros)
+        if starts is not False:  # a run's start, however dense, and the clean image tell nothing of sparsity
+            fresh, n = either(rows.tick == 0, both(starts, nonzeros == 0)), rows.x[0].numel()
+            rows.keep = where(fresh, self.top_fraction * n, rows.keep)
+            rows.nonzeros = where(fresh, n, rows.nonzeros)
         return sparser
 
 

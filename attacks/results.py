@@ -87,6 +87,9 @@ class AttackLog:
     runs: list[AttackRun]
     passes: Tensor  # (N, R) int32: forward passes that the run spent on the example; 0: it was not made
     broken_by: Tensor  # (N,) int64: number of the run that broke it; -1: none did
+    counts: dict[str, int] = field(
+        default_factory=dict
+    )  # what else was counted, by name: stored, and summed over processes
 
     @classmethod
     def empty(cls, runs: list[AttackRun], n: int) -> AttackLog:

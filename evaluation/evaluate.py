@@ -5,22 +5,24 @@ The attacks are those of attacks/standard.py. Here is where the runs that finish
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.apgd import Model
 from attacks.checks import result_warnings
-from attacks.results import STANDARD, AttackPlan, Evaluation
+from attacks.results import STANDARD, AttackLog, AttackPlan, Evaluation
 from attacks.standard import EvaluationContext, Examples, Network, OtherAttack, make_runs, rank_classes
 from attacks.threat import Threat
 from evaluation.curve import accuracy_curve, curve_logs, make_curve_runs
 from evaluation.storage import Store
-from utils.distributed import Process, barrier
+from utils.checkpoint import fingerprint, tensors_fingerprint
+from utils.distributed import Process, all_gather
 from utils.precision import Amp, autocast_model
 
 ALONE = Process(torch.device("cpu"))
@@ -50,9 +52,10 @@ def evaluate(
 ) -> Evaluation:
     """Attack the examples that are right, in each threat model; every process returns the whole.
 
-    The model is on the process' device, in eval mode, its parameters without gradient. With a folder, which several processes need,
-    the images that broke examples are in its adv_THREAT.npy (clean ones elsewhere), and what its journal says is done is not done again:
-    that must be of the same network, examples, threats, plan, amp and curve. Images outside ball or box do not count and are warned of.
+    The model is on the process' device, in eval mode, its parameters without gradient. With a folder, the images that broke examples are
+    in its adv_THREAT.npy (clean ones elsewhere), each is read back and judged again, and what its states say is done is not done again:
+    they must be of the same network, examples, threats, plan, amp and curve. Images outside ball or box do not count and are warned of.
+    Raises UsageError for a folder with a state of another evaluation.
     """
     device, rank, n = options.process.device, options.process.rank, len(examples)
     attack_model = None if options.amp == "off" else autocast_model(model, device, options.amp)
@@ -61,23 +64,76 @@ def evaluate(
     ranking, warnings = rank_classes(network, examples, mine)
     clean, chosen = torch.zeros(2, n, dtype=torch.bool)
     clean[mine] = ranking[mine, 0] == examples.y[mine]
-    store = Store(folder, rank, threats, examples, options.progress and rank == 0)
-    store.add_clean(mine, clean)
-    context = EvaluationContext(network, examples, ranking, plan, store, library_attacks(plan.seed, ranking.shape[1]))
-    logs = {threat: context.empty_log(threat) for threat in threats}
-    curve = curve_logs(threats, n) if options.curve else {}
-    store.replay(clean, logs | curve)
-    chosen[mine] = clean[mine]
-    make_runs(context, logs, chosen)
-    if curve:
-        make_curve_runs(context, logs, curve, chosen)
-    barrier()
-    store.replay(clean, logs | curve)  # with the other processes' part
+    with Store(folder, rank, options.progress and rank == 0) as store:
+        others = library_attacks(plan.seed, ranking.shape[1])
+        context = EvaluationContext(network, examples, ranking, plan, store, others)
+        logs = {threat: context.empty_log(threat) for threat in threats}
+        curve = curve_logs(threats, n) if options.curve else {}
+        store.begin(identity(context, logs, options), logs | curve, examples, threats if folder else ())
+        chosen[mine] = clean[mine]
+        warnings += make_verified_runs(context, logs, chosen, store, mine)
+        if curve:
+            make_curve_runs(context, logs, curve, chosen)
+    warnings = gather(mine, clean, logs | curve, warnings)
     evaluation = Evaluation(clean, logs, plan.union_only, warnings=warnings)
-    if curve:
+    if options.curve:
         evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in threats}
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
+
+
+def identity(
+    context: EvaluationContext, logs: Mapping[Threat, AttackLog], options: EvaluationOptions
+) -> dict[str, Any]:
+    """What must be the same to go on: network, images, settings by their flags' names, runs. Not the device or the batch size."""
+    model, examples = context.network.model, context.examples
+    return asdict(context.plan) | {
+        "network": fingerprint(model) if isinstance(model, nn.Module) else "a function",
+        "images": [examples.levels, tensors_fingerprint(examples.images, examples.y)],
+        "l_norms": [threat.norm for threat in logs],
+        "l_eps": [threat.eps for threat in logs],
+        "amp": options.amp,
+        "curve": options.curve,
+        "runs": [f"{threat}: {run}" for threat, log in logs.items() for run in log.runs],
+    }
+
+
+def make_verified_runs(
+    context: EvaluationContext, logs: Mapping[Threat, AttackLog], chosen: Tensor, store: Store, mine: Tensor
+) -> list[str]:
+    """`make_runs`, then read the images back that broke examples, and judge them again in float32; warnings.
+
+    Examples whose image fails that are attacked again, once; those that fail once more count as not broken, and are warned of.
+    """
+    failures = dict.fromkeys(store.images, 0)
+    for again in (True, False):
+        make_runs(context, logs, chosen)
+        for threat in store.images:
+            failed, counts = store.verify(context.network, context.examples, threat, mine), logs[threat].counts
+            store.reset(threat, failed, context.examples, again)
+            store.restore_clean(threat, mine, context.examples)
+            failures[threat] = len(failed)
+            counts["images_verified"] = int(logs[threat].broken[mine].sum())
+            counts["images_attacked_again"] = counts.get("images_attacked_again", 0) + again * len(failed)
+        if not any(failures.values()):
+            return []
+    text = "images that broke the network did not when read back from their file, twice: they count as not broken"
+    return [f"{threat}: {number} {text}" for threat, number in failures.items() if number]
+
+
+def gather(mine: Tensor, clean: Tensor, logs: Mapping[Threat, AttackLog], warnings: Sequence[str]) -> list[str]:
+    """Put every process' part, its examples `mine`, into clean (N,) bool and the logs, with the sums of their counts; all warnings."""
+    ours = [(log.passes[mine], log.broken_by[mine], log.counts) for log in logs.values()]
+    parts = all_gather((mine, clean[mine], ours, warnings))
+    for log in logs.values():
+        log.counts = {}
+    for index, right, theirs, _ in parts:
+        clean[index] = right
+        for log, (passes, broken_by, counts) in zip(logs.values(), theirs, strict=True):
+            log.passes[index], log.broken_by[index] = passes, broken_by
+            for name, count in counts.items():
+                log.counts[name] = log.counts.get(name, 0) + count
+    return list(dict.fromkeys(warning for *_, found in parts for warning in found))
 
 
 def library_attacks(seed: int, num_classes: int) -> dict[str, OtherAttack]:

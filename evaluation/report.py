@@ -17,7 +17,7 @@ from torch import Tensor
 from attacks.norms import NORMS
 from attacks.results import Evaluation
 from attacks.standard import Examples, Network
-from evaluation.storage import image_path
+from evaluation.images import image_path
 from utils.pictures import as_text, picture_style
 from utils.text import printable
 

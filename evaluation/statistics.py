@@ -39,6 +39,7 @@ def _norm_json(threat: Threat, log: AttackLog) -> dict[str, Any]:
     return {
         "eps": threat.eps,
         "runs": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        "counts": log.counts,
         "broken_by_run": [None if number < 0 else number for number in log.broken_by.tolist()],
         "forward_passes": log.passes.sum(1).tolist(),
     }

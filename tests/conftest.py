@@ -120,3 +120,13 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         assert len(done) == steps
 
     return run
+
+
+@pytest.fixture(scope="session")
+def hostile_json() -> list[str]:
+    """Texts that no program of ours wrote as a file of JSON: cut off, nested deep, with huge numbers, of another type."""
+    nested = [front * depth + middle + back * depth for front, middle, back in (("[", "", "]"), ('{"run":', "1", "}"))
+              for depth in (500, 900, 10**5)]  # fmt: skip
+    deep = [f'{{"run": {text}}}' for text in nested]
+    huge = [f'{{"run": {"9" * digits}}}' for digits in (400, 5000)]
+    return ["", "{", "[" * 10**5, '{"a":' * 10**5, *nested, *deep, *huge, "[]", "3", "null", '"text"', "\0", "nan"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from attacks.apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, AttackResult, apgd, loss_and_grad
 from attacks.losses import cross_entropy, dlr, margin_targeted
-from attacks.norms import NORMS, HalvingController, kth_largest, shrinking
+from attacks.norms import NORMS, HalvingController, kth_by_bits, kth_by_sort, shrinking
 from attacks.projections import project_l1
 from attacks.threat import Threat
 from data import DATASETS, load_dataset
@@ -398,7 +399,7 @@ def test_step_is_halved_at_no_more_than_three_quarters_rises(rises: int, halved:
         run.move(rows)
         value = value + 1 if k < rises else value - 0.01
         run.receive(rows, value, torch.ones(1, 4))
-    assert rows.halved.tolist() == [halved]
+    assert (rows.value_at_check.tolist() == [-math.inf]) is halved  # as the next check-point is told
     assert rows.step.tolist() == pytest.approx([0.1 if halved else 0.2])
 
 
@@ -451,7 +452,8 @@ def test_kth_largest_is_that_of_a_sort(dtype: torch.dtype) -> None:
     size[1::3] = size[1::3].round(decimals=0)  # ties, and rows of zeros
     k = torch.randint(1, 34, (40, 1), generator=draws)
     expected = size.sort(dim=1, descending=True).values.gather(1, k - 1)
-    assert torch.equal(kth_largest(size, k.to(dtype)), expected)
+    for find in (kth_by_bits, kth_by_sort):
+        assert torch.equal(find(size, k.to(dtype)), expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -460,11 +462,11 @@ def test_the_radius_has_the_precision_of_the_images(norm: str) -> None:
     eps, (x, y) = 0.1, points()
     for dtype, expected in ((torch.float32, torch.tensor(eps).item()), (torch.float64, eps)):
         black, model = torch.zeros_like(x, dtype=dtype), Linear().to(dtype)
-        assert APGD(norm, [(eps, 3)], 0.05, black).eps.tolist() == [expected] * 4
+        assert APGD(norm, [(eps, 3)], 0.05, black).tables.eps.tolist() == [expected] * 4
         reached = NORMS[norm].size(apgd(model, black, y, Threat(norm, eps), 3).x_best.double())
         assert bool((reached <= expected * (1 + (1e-14 if dtype == torch.float64 else 1e-6))).all())
         assert float(reached.max()) > 0.99 * eps
-    assert APGD(norm, [(eps, 3)], 0.05, x.half()).eps.dtype == torch.float32
+    assert APGD(norm, [(eps, 3)], 0.05, x.half()).tables.eps.dtype == torch.float32
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import torch
 import eval as eval_script
 import train
 from utils.checkpoint import newest_state
-from utils.distributed import SyncBatchNorm, sync_batchnorm
+from utils.cli import UsageError
+from utils.distributed import SyncBatchNorm, process_group, sync_batchnorm
 
 Launch = Callable[..., ForkServerProcess]
 FLAGS = ["--dataset=digits", "--device=cpu", "--threads=1", "--attack=apgd", "--l_norms=Linf L1", "--at_iter=3"]
@@ -220,3 +222,19 @@ def test_shared_statistics_change_nothing_else() -> None:
     assert sum(isinstance(module, SyncBatchNorm) for module in shared.modules()) == 2
     assert shared.state_dict().keys() == before.keys()
     assert torch.equal(shared.eval()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"), [({"WORLD_SIZE": "1"}, False), ({"WORLD_SIZE": "2", "RANK": "0"}, True)]
+)
+def test_a_number_of_processes_without_an_address(
+    variables: dict[str, str], several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One runs alone; of several, one line says what is missing."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused = pytest.raises(UsageError, match="MASTER_ADDR, MASTER_PORT; start the program with torchrun")
+    with refused if several else nullcontext(), process_group(torch.device("cpu")) as process:
+        assert (process.rank, process.world_size) == (0, 1)

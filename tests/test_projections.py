@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attacks import projections
 from attacks.norms import NORMS
 from attacks.threat import Threat
 
@@ -21,6 +24,14 @@ CASES = {
     "seed": st.integers(0, 2**31),
 }
 EXHAUSTIVE = settings(deadline=None, database=None, max_examples=100, derandomize=True)
+
+
+@pytest.fixture(params=[False, True], ids=["searching", "sorting"], scope="module", autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As on CPUs, and as on other devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projections, "sorts", lambda like: request.param)
+        yield
 
 
 def project(delta: Tensor, x: Tensor, threat: Threat) -> Tensor:

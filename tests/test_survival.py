@@ -20,7 +20,7 @@ import torch
 import train
 import utils.resume
 from attacks.multinorm import SCHEMES
-from utils.checkpoint import newest_state, state_files
+from utils.checkpoint import load_tensors, newest_state, state_files
 from utils.run_folder import flat
 
 FLAGS = [
@@ -252,24 +252,48 @@ def test_a_final_evaluation_goes_on_where_it_was_killed(half: Path, launch: Laun
     train.main([f"--resume={other}", *flags])
     process = launch(f"--resume={half}", *flags)
     deadline = time.monotonic() + 60
-    while sum(len(journal(folder)) for folder in (half, half / "ema")) < 10:
+    while not made(half):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.kill()
     process.join()
-    done = journal(half)
     assert not (half / "eval_ema.json").exists()
     train.main([f"--resume={half}", *flags])
-    assert journal(half)[: len(done)] == done
-    assert sorted(journal(half)) == sorted(journal(other)), "nothing is attacked twice"
     for name in ("eval.json", "eval_ema.json"):
         ours, theirs = (json.loads((folder / name).read_text()) for folder in (half, other))
         assert (ours["accuracy"], ours["norms"]) == (theirs["accuracy"], theirs["norms"])
 
 
-def journal(folder: Path) -> list[str]:
-    path = folder / "progress-0.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+def made(folder: Path) -> int:
+    """Passes of the final evaluation's attacks, as its newest state tells."""
+    state = newest_state(folder, "progress_0")[0]
+    return sum(int(log["passes"].sum()) for log in load_tensors(state)["logs"].values()) if state else 0
+
+
+def test_the_state_of_another_run_is_refused(
+    half: Path, hostile_json: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of the same flags too; and env.json or metrics that are not JSON, or not as they should be."""
+    env = json.loads((half / "env.json").read_text())
+    for hostile, words in (
+        (json.dumps(env | {"run": "another"}), "is a state of another run: take it out of this folder"),
+        (json.dumps(env | {"resumed": 5}), "env.json"),
+        *((text, "env.json") for text in hostile_json),
+    ):
+        (half / "env.json").write_text(hostile)
+        before = state_files(half)
+        refused(f"--resume={half}")
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+        assert state_files(half) == before
+
+
+def test_metrics_that_are_not_metrics_are_left_out(half: Path, whole: Path, hostile_json: list[str]) -> None:
+    with (half / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{text}\n" for text in hostile_json)
+    train.main([f"--resume={half}"])
+    assert outcome(half) == outcome(whole)
 
 
 def test_tensorboards_curves_are_the_metrics(launch: Launch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,25 +17,18 @@ from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
 from evaluation.statistics import evaluation_json
 from training.trainer import Trainer
-from utils.distributed import barrier, run_on_rank0
+from utils.distributed import run_on_rank0
 from utils.modules import eval_mode, no_param_grad
 from utils.precision import full_precision
-from utils.run_folder import emptied, environment, write_json
+from utils.run_folder import environment, write_json
 
 
 def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
     """{"train", "test"} -> `Evaluation.accuracies()` of the first --n_ex_eval images under one APGD-CE of 100 steps: upper bounds."""
-    figures = {}
-    for name, split in {"train": trainer.dataset.train, "test": trainer.dataset.test}.items():
-        # Several processes exchange their results through a temporary folder.
-        several = trainer.process.world_size > 1
-        folder = run_on_rank0(lambda: emptied(trainer.folder / "eval")) if several else None
-        plan = AttackPlan("fast", seed=trainer.config.seed)
-        figures[name] = evaluated(trainer, model, split.take(trainer.config.n_ex_eval), plan, folder).accuracies()
-        barrier()
-        if folder and trainer.process.is_rank0:
-            shutil.rmtree(folder)
-    return figures
+    plan = AttackPlan("fast", seed=trainer.config.seed)
+    splits = {"train": trainer.dataset.train, "test": trainer.dataset.test}
+    parts = {name: split.take(trainer.config.n_ex_eval) for name, split in splits.items()}
+    return {name: evaluated(trainer, model, part, plan, None).accuracies() for name, part in parts.items()}
 
 
 def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ def new_run(config: TrainConfig, content: dict[str, Any], env: dict[str, Any], s
     """A new folder with config.json and env.json. Raises OSError."""
     folder = new_folder(config.save_dir, run_name(config, content["asked"]))
     stack.enter_context(lock_run(folder, seconds=0))
-    write_json(folder / "env.json", env)
+    write_json(folder / "env.json", {"run": uuid4().hex} | env)
     write_json(folder / "config.json", content)
     return folder
 

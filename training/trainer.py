@@ -24,9 +24,18 @@ from training.gradient_projection import GradientProjection
 from training.metrics import EpochMetrics, NonFiniteGuard
 from training.optim import averaged, sgd
 from utils.checkpoint import CheckpointManager, Stateful
-from utils.distributed import Process, all_reduce_sum, average_buffers, data_parallel, no_sync_unless, sync_batchnorm
+from utils.distributed import (
+    Process,
+    all_reduce_sum,
+    average_buffers,
+    data_parallel,
+    no_sync_unless,
+    run_on_rank0,
+    sync_batchnorm,
+)
 from utils.modules import AsyncScalars, eval_mode, generator, no_param_grad
 from utils.precision import autocast_model, cast_weights_once
+from utils.resume import run_id
 from utils.schedules import lr_schedule
 from utils.signals import Interrupted, Signals
 
@@ -100,7 +109,12 @@ class Trainer:
         parts |= {"projection": self.projection} if self.projection else {}
         self.folder = folder
         self.checkpoints = CheckpointManager(
-            folder, self.model, self.about, parts, 60 * self.config.save_every, self.process.is_rank0
+            folder,
+            self.model,
+            self.about | {"run": run_on_rank0(lambda: run_id(folder))},
+            parts,
+            60 * self.config.save_every,
+            self.process.is_rank0,
         )
 
     @property

@@ -141,8 +141,34 @@ class NonFiniteError(ArithmeticError):
     """A loss or a weight is infinite or no number."""
 
 
-class CheckpointManager:
-    """Saves a run's state as folder/state_EPOCH_STEP-DIGEST.pth; says when, by its seconds, the next is due.
+class StateFiles:
+    """A run's states, folder/STEM_POSITION-DIGEST.pth, of which the newest two are kept; says when, by its seconds, the next is due."""
+
+    def __init__(self, folder: Path, stem: str, seconds: float, writes: bool = True) -> None:
+        self.folder, self.stem, self.seconds, self.writes = folder, stem, seconds, writes
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Have the seconds passed since the last state?"""
+        return self.writes and time.monotonic() - self.last >= self.seconds
+
+    def write(self, position: str, content: dict[str, Any]) -> None:
+        """Write a state, whole or not at all; positions sort in the order of time. Raises OSError."""
+        if not self.writes:
+            return
+        save_with_digest(content, self.folder / f"{self.stem}_{position}")
+        for old in state_files(self.folder, self.stem)[:-KEPT]:
+            old.unlink()
+        self.last = time.monotonic()
+
+    def forget(self) -> None:
+        """Delete the states, once the run is complete."""
+        for path in state_files(self.folder, self.stem) if self.writes else ():
+            path.unlink()
+
+
+class CheckpointManager(StateFiles):
+    """A training run's states, state_EPOCH_STEP-DIGEST.pth.
 
     A state is a checkpoint of the network (with what `about` says of it) that also holds `epoch`, `step` (both count what is done: the
     next training step is `step` of epoch `epoch`, from 0) and the state of each of `parts`. With writes=False nothing is ever written.
@@ -157,13 +183,8 @@ class CheckpointManager:
         seconds: float,
         writes: bool = True,
     ) -> None:
-        self.folder, self.network, self.about, self.parts = folder, network, about, parts
-        self.seconds, self.writes = seconds, writes
-        self.last = time.monotonic()
-
-    def due(self) -> bool:
-        """Have the seconds passed since the last save?"""
-        return self.writes and time.monotonic() - self.last >= self.seconds
+        super().__init__(folder, "state", seconds, writes)
+        self.network, self.about, self.parts = network, about, parts
 
     def save(self, epoch: int, step: int, more: Mapping[str, Any]) -> None:
         """Save the state there, with `more` in it, whole or not at all; the one before is kept. Raises NonFiniteError, OSError."""
@@ -172,10 +193,7 @@ class CheckpointManager:
         check_finite(self.network)
         content = self.about | {"state_dict": self.network.state_dict(), "epoch": epoch, "step": step}
         content |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}, **more}
-        save_with_digest(content, self.folder / f"state_{epoch:04d}_{step:06d}")
-        for old in state_files(self.folder)[:-KEPT]:
-            old.unlink()
-        self.last = time.monotonic()
+        self.write(f"{epoch:04d}_{step:06d}", content)
 
     def restore(self, content: dict[str, Any]) -> None:
         """Put network and parts back into a state's."""
@@ -183,21 +201,16 @@ class CheckpointManager:
         for name, part in self.parts.items():
             part.load_state_dict(content["parts"][name])
 
-    def forget(self) -> None:
-        """Delete the training states, once the run is complete."""
-        for path in state_files(self.folder) if self.writes else ():
-            path.unlink()
 
-
-def state_files(folder: Path) -> list[Path]:
+def state_files(folder: Path, stem: str = "state") -> list[Path]:
     """A run's states, oldest first."""
-    return sorted(folder.glob("state_*.pth"))
+    return sorted(folder.glob(f"{stem}_*.pth"))
 
 
-def newest_state(folder: Path) -> tuple[Path | None, list[Path]]:
+def newest_state(folder: Path, stem: str = "state") -> tuple[Path | None, list[Path]]:
     """The newest undamaged state (None if there are no states) and the damaged newer ones. Raises ValueError if all are damaged."""
     damaged: list[Path] = []
-    for path in reversed(state_files(folder)):
+    for path in reversed(state_files(folder, stem)):
         if matches_digest(path):
             return path, damaged
         damaged.append(path)

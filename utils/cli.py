@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any, NoReturn
 
+from utils.signals import Signals
 from utils.text import printable
 
 DECIMAL = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"  # less than float() takes: no nan, inf, 1_000
@@ -44,6 +50,43 @@ def usage_errors(prog: str) -> Iterator[None]:
         yield
     except UsageError as error:
         _exit(prog, str(error))
+
+
+@contextmanager
+def one_line_end(prog: str, signals: Signals, argv: Sequence[str] | None) -> Iterator[list[Path]]:
+    """Inside, what ends the program early becomes one line, with how to go on once the list has the result's folder.
+
+    Exit code 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP, else 1: a full disk, an exception in one's own network.
+    """
+    folders: list[Path] = []
+    try:
+        with signals.at_once():
+            yield folders
+    except (UsageError, SystemExit):
+        raise
+    except BaseException as error:
+        number = signals.received or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
+        what = (
+            signal.Signals(number).name if number else str(error) if isinstance(error, OSError) else _described(error)
+        )
+        kept = f"what was found is kept in {folders[0]}; go on with: " if folders else "nothing was begun"
+        how = kept + (_again(prog, argv) if folders else "")
+        if not number or os.environ.get("RANK", "0") == "0":  # a signal as a rule comes to all processes
+            print(f"{prog}: {printable(' '.join(what.split()), 500)}; {printable(how, 5000)}", file=sys.stderr)
+        raise SystemExit(128 + number if number else 1) from error
+
+
+def _again(prog: str, argv: Sequence[str] | None) -> str:
+    """The same command, with --resume."""
+    flags = [*(sys.argv[1:] if argv is None else argv)]
+    program = f"torchrun ... {prog}" if "WORLD_SIZE" in os.environ else f"python {prog}"
+    return f"{program} {shlex.join(flags if '--resume' in flags else [*flags, '--resume'])}"
+
+
+def _described(error: BaseException) -> str:
+    """An exception with its place, the innermost that is not in an installed package."""
+    frames = [each for each in extract_tb(error.__traceback__) if "site-packages" not in each.filename]
+    return f"{type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def _exit(prog: str, message: str) -> NoReturn:

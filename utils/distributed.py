@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.cli import UsageError
+
 T = TypeVar("T")
 
 
@@ -34,10 +36,14 @@ class Process:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Process]:
-    """This process, joined to the others by NCCL for CUDA and gloo otherwise where torchrun started it."""
-    if "WORLD_SIZE" not in os.environ:
+    """This process, joined to the others by NCCL for CUDA and gloo otherwise where torchrun started it. Raises UsageError."""
+    missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and os.environ.get("WORLD_SIZE", "1") == "1":  # some schedulers set it for a single process too
         yield Process(device)
         return
+    if missing:
+        advice = "start the program with torchrun, or unset WORLD_SIZE to run one process"
+        raise UsageError("WORLD_SIZE", f"the environment has it without {', '.join(missing)}; {advice}")
     # In an evaluation a process may wait long for one with harder images; if one dies, torchrun ends the others.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
@@ -71,7 +77,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def run_on_rank0(function: Callable[[], T]) -> T:
-    """Call the function on rank 0 and return its result on all ranks; its ValueError or OSError is a ValueError on all ranks."""
+    """Call the function on rank 0 and return its result on all ranks; its ValueError or OSError is one on all ranks."""
     if not dist.is_initialized():
         return function()
     box: list[Any] = [None, None]
@@ -79,10 +85,10 @@ def run_on_rank0(function: Callable[[], T]) -> T:
         try:
             box[0] = function()
         except (ValueError, OSError) as error:
-            box[1] = str(error)
+            box[1] = (OSError if isinstance(error, OSError) else ValueError)(str(error))
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise ValueError(box[1])
+        raise box[1]
     value: T = box[0]
     return value
 
@@ -91,6 +97,15 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def all_gather(value: T) -> list[T]:
+    """Every process' value, any that pickle takes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

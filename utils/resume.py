@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.checkpoint import newest_state, write_atomic
-from utils.run_folder import read_json, write_json
+from utils.checkpoint import load_tensors, newest_state, write_atomic
+from utils.run_folder import parse_json, read_json, write_json
 
 WAIT = 10.0  # seconds to wait for a lock: data workers of a killed process may outlive it and hold its lock for a while
 REPRODUCED = ("commit", "packages", "device", "threads", "processes")  # with the same, weights are the same bit for bit
@@ -35,10 +35,18 @@ def resume_point(folder: Path, stack: ExitStack) -> ResumePoint:
     for part in folder.glob("*.part"):
         part.unlink()
     state, damaged = newest_state(folder)
+    content = load_tensors(state) if state else {}
+    if state and (not isinstance(content, dict) or content.get("run") != run_id(folder)):
+        raise ValueError(f"{state} is a state of another run: take it out of this folder")
     for path in damaged:
         print(f"{path} is damaged, it is not used")
         path.unlink()
     return ResumePoint(folder, state)
+
+
+def run_id(folder: Path) -> Any:
+    """What tells this run from all others, which env.json and each of its states hold; None for one of an earlier version."""
+    return read_json(folder / "env.json").get("run")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def cut_metrics(path: Path, epochs: int) -> None:
         kept = []
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)["epoch"] <= epochs:
+                if parse_json(line)["epoch"] <= epochs:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):  # cut off by the end of a run
                 continue
@@ -94,5 +102,7 @@ def cut_metrics(path: Path, epochs: int) -> None:
 def note_resumed(folder: Path, environment: dict[str, Any]) -> list[str]:
     """Append this environment to env.json; names of its entries that differ from the first one's and may change weights by rounding."""
     content = read_json(folder / "env.json")
-    write_json(folder / "env.json", content | {"resumed": [*content.get("resumed", []), environment]})
+    if not isinstance(earlier := content.get("resumed", []), list):
+        raise ValueError(f"{folder / 'env.json'}: what it says of earlier resumptions is no list")
+    write_json(folder / "env.json", content | {"resumed": [*earlier, environment]})
     return [name for name in REPRODUCED if content.get(name) != environment[name]]

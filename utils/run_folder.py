@@ -55,20 +55,6 @@ def newest_folder(parent: str, parts: list[str]) -> Path | None:
     raise AssertionError
 
 
-def folder_for(save_dir: str, parts: list[str], asked: dict[str, Any], resume: bool) -> Path:
-    """A new folder, or to resume the newest one of this name. Raises ValueError if that was made with other settings."""
-    newest = newest_folder(save_dir, parts) if resume else None
-    if newest is None or not (newest / "asked.json").exists():
-        folder = new_folder(save_dir, parts)
-        write_json(folder / "asked.json", asked)
-        return folder
-    before = read_json(newest / "asked.json")
-    different = [name for name in asked if before.get(name) != asked[name]]
-    if different:
-        raise ValueError(f"{newest} was made with another {', '.join(different)}: give the same, or leave --resume out")
-    return newest
-
-
 def folder_name(parts: list[str]) -> str:
     """The non-empty parts in portable letters."""
     return "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip("-.") for part in parts if part)[:180]
@@ -85,14 +71,6 @@ def new_folder_or_nothing(folder: Path) -> Iterator[Path]:
         if missing:
             shutil.rmtree(missing[-1], ignore_errors=True)
         raise
-
-
-def emptied(folder: Path) -> Path:
-    """The folder, new and empty. Raises OSError."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    return folder
 
 
 def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -117,12 +95,39 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(f"{text}\n".encode(), path)
 
 
+LONGEST_NUMBER, DEEPEST = 30, 100  # digits, levels; of what these programs write
+
+
+def parse_json(text: str) -> Any:
+    """What a text of JSON holds. Raises ValueError, also for whole numbers and nesting beyond all that is written here."""
+    try:
+        content = json.loads(text, parse_int=_whole_number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level, depth = [content], 0
+    while level:
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deep")
+        depth += 1
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for values in inner for each in values]
+    return content
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """An object from a file of JSON. Raises ValueError or OSError."""
     try:
-        content = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not a JSON file") from error
+    except ValueError as error:  # UnicodeDecodeError too
+        raise ValueError(f"{path} is not a JSON file that can be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content

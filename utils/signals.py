@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run between training steps, where its state is consistent."""
+"""SIGTERM, SIGINT and SIGHUP end a run between training steps, where its state is consistent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The run was asked to end; `code` is what a shell expects of a program that this signal ended, 143 or 130."""
+    """The run was asked to end; `code` is what a shell expects of a program that this signal ended, 143, 130 or 129."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -19,9 +19,9 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Inside, SIGTERM and SIGINT are noted; they raise Interrupted in `check`, in `at_once`, and nowhere else.
+    """Inside, SIGTERM, SIGINT and SIGHUP are noted; they raise Interrupted in `check`, in `at_once`, and nowhere else.
 
-    Both are sent twice as a rule (Slurm and torchrun pass on what the terminal has sent already): only the first counts.
+    They are sent twice as a rule (Slurm and torchrun pass on what the terminal has sent already): only the first counts.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # no other may have handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+                if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # as nohup asks
                 self._before[number] = signal.signal(number, self._note)
         return self
 
