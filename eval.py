@@ -25,14 +25,14 @@ from typing import Any
 
 from torch import nn
 
+from attacks.network import Examples, Network
 from attacks.results import AttackPlan, table
-from attacks.standard import Examples, Network
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
 from data import Dataset, FolderSplit, load_dataset
 from evaluation.baseline import check_baseline, read_baseline
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
-from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields
+from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields, upper_bounds
 from evaluation.storage import evaluation_folder
 from models.pretrained import Loaded, check_fits, load_model
 from models.robustbench_zoo import published_preparation
@@ -125,7 +125,8 @@ def evaluate_and_report(
         about = {"seconds": round(time.time() - start, 1), "settings": asdict(config), "environment": env}
         content = evaluation_json(result) | about
         if baseline:
-            content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"])
+            bounds = upper_bounds(content) | upper_bounds(baseline)
+            content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"], bounds)
         finish(content, config, folder)
         shown = worst_examples(Network(model, process.device), examples, result, folder, data.class_names)
         write_report(folder / "report.html", content, test.labels.tolist(), data.class_names, shown)

@@ -296,7 +296,7 @@ def points(runs: Sequence[Run]) -> Iterator[Point]:
             result, quick = run.files.get(f"{name}.json", {}), list(series(run, name, "test").values())
             rows, settings = result.get("accuracy", {}), result.get("settings", {})
             radii = {norm: about["eps"] for norm, about in result.get("norms", {}).items()}
-            bound = settings.get("attacks") == "fast"
+            bound = settings.get("attacks") == "fast" or bool(rows.get("union", {}).get("upper_bound"))
             if "union" not in rows and quick:
                 rows, settings, bound = quick[-1], run.files.get("config.json", {}), True
                 norms = [row for row in rows if row not in ("clean", "average", "union")]

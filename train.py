@@ -41,7 +41,7 @@ from config import (
     resolved,
 )
 from training.evaluation import final_evaluation, quick_evaluation
-from training.metrics import HEADER, console_line, per_threat_sums
+from training.metrics import HEADER, chance_warning, console_line, constant_loss, per_threat_sums
 from training.optim import set_lr
 from training.start import check_model, configured, load, new_run, resumed_run, run_to_resume
 from training.trainer import MicroBatches, Trainer
@@ -49,7 +49,7 @@ from utils.checkpoint import NonFiniteError, check_finite, load_tensors, save_at
 from utils.cli import blame, usage_errors
 from utils.distributed import barrier, choose_device, local_device, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.run_folder import append_json_line, environment, flat
+from utils.run_folder import append_json_line, environment, flat, json_lines
 from utils.signals import Interrupted, Signals
 
 
@@ -117,6 +117,9 @@ def finish_epoch(trainer: Trainer, board: Any) -> None:
     if trainer.process.is_rank0:
         append_json_line(trainer.folder / "metrics.jsonl", record)
         print(console_line(record, config.epochs or 0), flush=True)
+        records = list(json_lines(trainer.folder / "metrics.jsonl"))
+        if warning := chance_warning(records, constant_loss(trainer.dataset.train.labels), config.epochs or 0):
+            print(warning, flush=True)
         if board:
             for name, value in flat(record).items():
                 board.add_scalar(name, value, done)

@@ -21,14 +21,14 @@ from .apgd import AttackResult, apgd
 from .checks import network_warnings, result_warnings
 from .losses import cross_entropy, dlr, dlr_targeted, margin_targeted
 from .msd import msd
+from .network import NetworkError
 from .norms import NORMS, NormSpec, register_norm
 from .results import AttackLog, AttackPlan, AttackRun, Evaluation
 from .standard import EvaluationCallback, robust_accuracy
 from .threat import Threat, threats
 
 __all__ = [
-    "NORMS", "AttackLog", "AttackPlan", "AttackResult", "AttackRun", "Evaluation", "EvaluationCallback", "NormSpec", "Threat", "apgd",
-    "cross_entropy", "dlr", "dlr_targeted", "margin_targeted", "msd", "network_warnings", "register_norm", "result_warnings",
-    "robust_accuracy", "threats",
+    "NORMS", "AttackLog", "AttackPlan", "AttackResult", "AttackRun", "Evaluation", "EvaluationCallback", "NetworkError", "NormSpec",
+    "Threat", "apgd", "cross_entropy", "dlr", "dlr_targeted", "margin_targeted", "msd", "network_warnings", "register_norm",
+    "result_warnings", "robust_accuracy", "threats",
 ]  # fmt: skip
-__version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Reasons not to believe a robust accuracy, in the manner of AutoAttack's own checks."""
+"""Reasons not to believe an accuracy, in the manner of AutoAttack's own checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .apgd import Model
 from .losses import cross_entropy
-from .results import Evaluation
+from .results import Evaluation, wilson_interval
 
 
 def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
@@ -15,12 +15,13 @@ def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
     network = model if isinstance(model, nn.Module) else nn.Module().eval()  # a function has no state to look at
     before = [value.clone() for value in network.state_dict().values()]
     x = x.detach().requires_grad_(True)
-    logits = model(x)
+    with torch.enable_grad():
+        logits = model(x.clone())
     with torch.no_grad():
-        again = model(x)
+        again = _finite_part(model(x.clone()))
     changed = any(not torch.equal(old, new) for old, new in zip(before, network.state_dict().values(), strict=True))
     flat = _flat_fraction(logits, x, y)
-    logits, classes, few = logits.detach(), logits.shape[1], logits.shape[1] < 4
+    logits, classes, few = _finite_part(logits.detach()), logits.shape[1], logits.shape[1] < 4
     differs = not torch.allclose(logits, again, rtol=1e-3, atol=1e-4 * float(logits.abs().max()))
     sums = logits.float().sum(1)
     trains = changed or any(module.training for module in network.modules())
@@ -38,8 +39,8 @@ def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
 
 
 def result_warnings(evaluation: Evaluation) -> list[str]:
-    """Runs that were too few: the last APGD run of a norm still broke more than 1 % of the examples, and more than one."""
-    found = []
+    """Figures that should not be believed: no better than chance, logits or gradients that were not finite, runs that were too few."""
+    found = [*_chance_warnings(evaluation), *_not_finite_warnings(evaluation)]
     for threat, log in evaluation.logs.items():
         apgd = [number for number, run in enumerate(log.runs) if run.kind in ("CE", "T")]
         broken = int((log.broken_by == apgd[-1]).sum()) if len(apgd) > 1 else 0
@@ -49,10 +50,43 @@ def result_warnings(evaluation: Evaluation) -> list[str]:
     return found
 
 
+def _chance_warnings(evaluation: Evaluation) -> list[str]:
+    """Clean accuracy whose 95 % interval reaches down to that of guessing one of the classes."""
+    right, n, classes = int(evaluation.clean.sum()), len(evaluation.clean), evaluation.num_classes
+    if not classes or wilson_interval(right, n)[0] > 1 / classes:
+        return []
+    rate = f"clean accuracy, {100 * right / n:.1f} % of {n} images, is not clearly above chance, {100 / classes:.1f} %"
+    return [
+        f"{rate}. The usual reasons: the network expects another activation function, another normalisation of its input, another order of "
+        "classes or of colour channels, another range of pixels or image size; or the weights are of another network or data set"
+    ]
+
+
+def _not_finite_warnings(evaluation: Evaluation) -> list[str]:
+    """Infinite or NaN logits of clean images; the same, or such gradients, in an attack."""
+    found = []
+    if evaluation.clean_not_finite is not None and (n := int(evaluation.clean_not_finite.sum())):
+        wrong = int((evaluation.clean_not_finite & ~evaluation.clean).sum())
+        found.append(f"the logits of {n} clean images are infinite or NaN; {wrong} of them count as wrong")
+    for threat, log in evaluation.logs.items():
+        if n := int(log.not_finite.sum()):
+            robust = int((log.not_finite & evaluation.robust(threat)).sum())
+            found.append(
+                f"{threat}: logits or gradients were infinite or NaN at {n} of the images attacked, {robust} of which count as robust: the "
+                "attack cannot search there, the accuracy may be far too high; --attacks=autoattack adds Square, which needs no gradient"
+            )
+    return found
+
+
+def _finite_part(logits: Tensor) -> Tensor:
+    """0 in place of what is NaN or infinite."""
+    return logits.nan_to_num(0, 0, 0)
+
+
 def _flat_fraction(logits: Tensor, x: Tensor, y: Tensor) -> float:
     """The part of the images that are classified right at which the cross-entropy has no gradient."""
     right = logits.argmax(1) == y
     if not (logits.requires_grad and bool(right.any())):
         return float(not logits.requires_grad)
-    grad = torch.autograd.grad(cross_entropy(logits.float(), y).sum(), x)[0].flatten(1)[right]
-    return float((grad == 0).all(1).float().mean())
+    grad = torch.autograd.grad(cross_entropy(logits.float(), y).sum(), x, allow_unused=True)[0]
+    return 1.0 if grad is None else float((grad.flatten(1)[right] == 0).all(1).float().mean())

@@ -43,6 +43,11 @@ class AttackPlan:
     union_only: bool = False  # an example broken under one norm is not attacked under the others
     seed: int = 0  # of the random starts
 
+    @property
+    def upper_bound(self) -> bool:
+        """Is this so little that the accuracy should be called an upper bound?"""
+        return self.attacks == "fast"
+
     def runs(self, norm: str, num_classes: int) -> list[AttackRun]:
         """The runs on each example not yet broken, in turn. Raises ValueError for attacks that are unknown or not made for the norm.
 
@@ -78,6 +83,7 @@ class Attempt:
     example: int
     passes: int = 0  # forward passes so far
     broken: bool = False
+    not_finite: bool = False  # was a logit or an entry of the gradient infinite or NaN at some step
 
 
 @dataclass
@@ -87,14 +93,14 @@ class AttackLog:
     runs: list[AttackRun]
     passes: Tensor  # (N, R) int32: forward passes that the run spent on the example; 0: it was not made
     broken_by: Tensor  # (N,) int64: number of the run that broke it; -1: none did
-    counts: dict[str, int] = field(
-        default_factory=dict
-    )  # what else was counted, by name: stored, and summed over processes
+    not_finite: Tensor  # (N,) bool: a logit or an entry of the gradient was infinite or NaN at some step
+    counts: dict[str, int] = field(default_factory=dict)  # what else was counted: stored, and summed over processes
 
     @classmethod
     def empty(cls, runs: list[AttackRun], n: int) -> AttackLog:
         """Before any run on n examples."""
-        return cls(runs, torch.zeros(n, len(runs), dtype=torch.int32), torch.full((n,), -1))
+        passes = torch.zeros(n, len(runs), dtype=torch.int32)
+        return cls(runs, passes, torch.full((n,), -1), torch.zeros(n, dtype=torch.bool))
 
     @property
     def broken(self) -> Tensor:
@@ -112,6 +118,8 @@ class AttackLog:
             self.passes[each.example, each.run] = each.passes
             if each.broken:
                 self.broken_by[each.example] = each.run
+            if each.not_finite:
+                self.not_finite[each.example] = True
 
 
 @dataclass
@@ -120,11 +128,13 @@ class Evaluation:
 
     clean: Tensor  # (N,) bool: right without an attack
     logs: dict[Threat, AttackLog] = field(default_factory=dict)
-    union_only: bool = False  # examples broken in one norm were not attacked in others: only clean and union are known
+    plan: AttackPlan = STANDARD  # with union_only, examples broken in one norm are not attacked in others: only clean and union are known
     curve: dict[Threat, list[list[float]]] = field(default_factory=dict)  # [radius, accuracy in per cent], 0 to 2 eps
     warnings: list[str] = field(default_factory=list)  # why the figures should not be believed
     x_adv: dict[Threat, Tensor] = field(default_factory=dict)
     """(N, C, H, W) float32, in memory: the image that broke the example, the clean one where none did (robust_accuracy alone)."""
+    num_classes: int | None = None
+    clean_not_finite: Tensor | None = None  # (N,) bool: some logit of the clean image is infinite or NaN; None: nowhere
 
     def robust(self, threat: Threat) -> Tensor:
         """(N,) bool: right, and no attack in this threat model broke it."""
@@ -136,50 +146,89 @@ class Evaluation:
         return torch.stack([self.clean, *(self.robust(threat) for threat in self.logs)]).all(0)
 
     def outcomes(self) -> dict[str, Tensor]:
-        """Per example (N,), in [0, 1]: clean, each norm, average over the norms, union; without the norms if union_only."""
+        """Per example (N,), in [0, 1]: clean, each norm, average over the norms, union; without the norms if the plan is union_only."""
         rows = {"clean": self.clean}
         if not self.logs:
             return rows
-        if self.union_only:
+        if self.plan.union_only:
             return rows | {"union": self.union}
-        each_once = len({threat.norm for threat in self.logs}) == len(self.logs)
-        norms = {threat.norm if each_once else str(threat): self.robust(threat) for threat in self.logs}
+        norms = {name: self.robust(threat) for threat, name in self.names().items()}
         average = torch.stack([robust.float() for robust in norms.values()]).mean(0)
         return rows | norms | {"average": average, "union": self.union}
 
+    def names(self) -> dict[Threat, str]:
+        """What each threat model is called: its norm, with the radius if there are several of one norm."""
+        each_once = len({threat.norm for threat in self.logs}) == len(self.logs)
+        return {threat: threat.norm if each_once else str(threat) for threat in self.logs}
+
     def accuracies(self) -> dict[str, dict[str, float]]:
-        """For each outcome accuracy, its 95 % interval (low, high) in per cent, and the number of examples (points)."""
+        """For each outcome accuracy, its 95 % interval (low, high) in per cent, and the number of examples (points).
+
+        Where it is so: at how many examples logits or gradients were not finite (not_finite); upper_bound: True if the attacks are fast,
+        or could not search at some of the examples that count as robust, since logits or gradients were not finite.
+        """
         rows: dict[str, dict[str, float]] = {}
+        not_finite = self.not_finite()
         for name, outcome in self.outcomes().items():
             values = outcome.double()
-            interval = normal_interval(values) if name == "average" else wilson_interval(int(values.sum()), len(values))
-            parts = zip(("accuracy", "low", "high"), (float(values.mean()), *interval), strict=True)
+            ends = mean_interval(values) if name == "average" else wilson_interval(float(values.sum()), len(values))
+            parts = zip(("accuracy", "low", "high"), (float(values.mean()), *ends), strict=True)
             rows[name] = {key: round(100 * part, 2) for key, part in parts} | {"points": len(values)}
+            if bool(not_finite[name].any()):
+                rows[name]["not_finite"] = int(not_finite[name].sum())
+            if name != "clean" and (self.plan.upper_bound or bool((not_finite[name] & (values > 0)).any())):
+                rows[name]["upper_bound"] = True
         return rows
+
+    def not_finite(self) -> dict[str, Tensor]:
+        """For each outcome (N,) bool: the examples at which logits or gradients were infinite or NaN, clean or attacked."""
+        clean = torch.zeros_like(self.clean) if self.clean_not_finite is None else self.clean_not_finite
+        norms = {name: clean | self.logs[threat].not_finite for threat, name in self.names().items()}
+        anywhere = torch.stack([clean, *norms.values()]).any(0)
+        return {"clean": clean} | norms | {"average": anywhere, "union": anywhere}
 
     def __str__(self) -> str:
         return "\n".join([table(self.accuracies()), *(f"WARNING: {warning}" for warning in self.warnings)])
 
 
 def table(rows: dict[str, dict[str, float]], title: str = "") -> str:
-    """Accuracy, 95 % interval and number of examples, a line each."""
+    """Accuracy, 95 % interval, number of examples, and what makes a figure less than it looks, a line each."""
     lines = [f"{title:<28}accuracy   95 % interval   images"]
     for name, row in rows.items():
-        figures = f"{row['accuracy']:7.2f} %  [{row['low']:5.1f}, {row['high']:5.1f}]   {row['points']:6d}"
-        lines.append(f"  {name:<26}{figures}")
+        figures = f"{row['accuracy']:7.2f} %  {interval(row)}   {row['points']:6d}"
+        lines.append(f"  {name:<26}{'   '.join([figures, *remarks(row)])}")
     return "\n".join(lines)
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a probability, from so many successes in n > 0 tries."""
+def interval(row: dict[str, float]) -> str:
+    """A row's interval, with one decimal, or two where it would look like a single number."""
+    digits = 1 if row["high"] - row["low"] >= 0.1 else 2
+    return f"[{row['low']:5.{digits}f}, {row['high']:5.{digits}f}]"
+
+
+def remarks(row: dict[str, float]) -> list[str]:
+    """What makes a row of `Evaluation.accuracies` less than it looks."""
+    found = ["upper bound"] if row.get("upper_bound") else []
+    return found + ([f"NOT FINITE at {row['not_finite']}"] if row.get("not_finite") else [])
+
+
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a probability, from so many successes in n > 0 tries; neither need be a whole number."""
     rate, spread = successes / n, Z95**2 / n
     middle = (rate + spread / 2) / (1 + spread)
     half = (spread * rate * (1 - rate) + spread**2 / 4) ** 0.5 / (1 + spread)
     return middle - half if successes else 0.0, middle + half if successes < n else 1.0
 
 
-def normal_interval(values: Tensor) -> tuple[float, float]:
-    """The normal 95 % interval, cut to [0, 1], of the mean of values (N,) in [0, 1]; all of it for one value."""
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """The normal 95 % interval, cut to [0, 1], of the mean of values (N,) in [0, 1]; all of it for one value.
+
+    It would be far too narrow near 0 and 1, a single number where all are equal: there it ends no earlier than Wilson's for 0 or N
+    successes in N tries, and is Wilson's if all are equal, which is made for the values that vary most, 0 and 1.
+    """
     mean, n = float(values.mean()), len(values)
-    half = 1.96 * float(values.std()) / n**0.5 if n > 1 else 1.0
-    return max(mean - half, 0.0), min(mean + half, 1.0)
+    deviation = float(values.std()) if n > 1 else 0.0
+    if n > 1 and not deviation:
+        return wilson_interval(float(values.sum()), n)
+    half = 1.96 * deviation / n**0.5 if n > 1 else 1.0
+    return max(min(mean - half, wilson_interval(n, n)[0]), 0.0), min(max(mean + half, wilson_interval(0, n)[1]), 1.0)

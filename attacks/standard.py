@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from . import losses
-from .apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, Model, loss_and_grad
-from .checks import network_warnings, result_warnings
+from .apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, Model, finite, forward_backward, misclassified
+from .checks import result_warnings
+from .network import Examples, Network, clean_answers, failures_of
 from .norms import one_stage
 from .results import APGD_KINDS, STANDARD, AttackLog, AttackPlan, AttackRun, Attempt, Evaluation
 from .seeds import generator
@@ -47,36 +47,15 @@ def robust_accuracy(
     examples = _checked_examples(x, y)
     first = next(model.parameters(), x) if isinstance(model, nn.Module) else x
     network = Network(model, first.device, batch_size)
-    ranking, found = rank_classes(network, examples, torch.arange(len(examples)))
-    clean = ranking[:, 0] == examples.y
+    answers = clean_answers(network, examples, torch.arange(len(examples)))
     x_adv = {threat: examples.x(torch.arange(len(examples))) for threat in threats}
-    context = EvaluationContext(network, examples, ranking, plan, _KeepImages(x_adv))
+    context = EvaluationContext(network, examples, answers.ranking, plan, _KeepImages(x_adv))
     logs = {threat: context.empty_log(threat) for threat in threats}
-    make_runs(context, logs, clean)
-    evaluation = Evaluation(clean, logs, plan.union_only, warnings=found, x_adv=x_adv)
+    make_runs(context, logs, answers.right)
+    evaluation = Evaluation(answers.right, logs, plan, warnings=answers.warnings, x_adv=x_adv)
+    evaluation.clean_not_finite, evaluation.num_classes = answers.not_finite, answers.ranking.shape[1]
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
-
-
-def rank_classes(network: Network, examples: Examples, index: Tensor) -> tuple[Tensor, list[str]]:
-    """Each example's classes by falling logit at the clean image, (N, K) int16, the rows `index` filled; what is wrong with the network.
-
-    Raises ValueError for labels that are none of its classes.
-    """
-    ranking = torch.zeros(len(examples), 0, dtype=torch.int16)
-    found: list[str] = []
-    for number, part in enumerate(index.split(network.batch_size)):
-        x = examples.x(part).to(network.device)
-        with torch.no_grad():
-            logits = network.model(x).float().cpu()
-        if number == 0:
-            if int(examples.y.min()) < 0 or int(examples.y.max()) >= logits.shape[1]:
-                raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, one of the network's classes")
-            ranking = torch.zeros(len(examples), logits.shape[1], dtype=torch.int16)
-            if len(part):  # with more processes than examples, some have none
-                found = network_warnings(network.model, x[:100], examples.y[part[:100]].to(network.device))
-        ranking[part] = logits.argsort(dim=1, descending=True).to(torch.int16)
-    return ranking, found
 
 
 def make_runs(context: EvaluationContext, logs: Mapping[Threat, AttackLog], chosen: Tensor) -> None:
@@ -93,38 +72,6 @@ def make_runs(context: EvaluationContext, logs: Mapping[Threat, AttackLog], chos
         for threat in order:
             evaluators[threat].run(unbroken, first_only)
             unbroken = unbroken & ~logs[threat].broken
-
-
-@dataclass(frozen=True)
-class Examples:
-    """N images (N, C, H, W), uint8 from 0 to `levels` or floats in [0, 1] with levels 1, and labels (N,) int64, on the CPU."""
-
-    images: Tensor
-    y: Tensor
-    levels: int = 1
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def x(self, index: Tensor) -> Tensor:
-        """Images (B, C, H, W) as float32 in [0, 1]."""
-        return self.images[index].float() / self.levels
-
-
-@dataclass(frozen=True)
-class Network:
-    """The network whose robustness is measured, in eval mode on its device: x (B, C, H, W) in [0, 1] -> logits (B, K)."""
-
-    model: Model
-    device: torch.device
-    batch_size: int = 250  # images at once
-    attack_model: Model | None = None
-    """Takes model's place in APGD, such as the same in bfloat16; `model` judges again what it breaks."""
-
-    def predictions(self, x: Tensor) -> Tensor:
-        """Classes (B,) on the CPU of images (B, ...) on the network's device."""
-        with torch.no_grad():
-            return self.model(x).argmax(1).cpu()
 
 
 class EvaluationCallback:
@@ -186,21 +133,23 @@ class ThreatEvaluator:
         """The runs before number `last`, which all are of this search, on the examples chosen, side by side."""
         waiting = self._left(last, chosen)
         total, done = last * len(waiting), sum(each.run for each in waiting)
-        rows: list[Attempt] = []
-        state = search.begin(self.examples.x(torch.arange(0)).to(self.network.device))  # of the rows
-        while waiting or rows:
+        device = self.network.device
+        state = search.begin(self.examples.x(torch.arange(0)).to(device))  # of the rows
+        rows = self._rows([])
+        while waiting or len(rows):
             new = [waiting.popleft() for _ in range(min(len(waiting), self.network.batch_size - len(rows)))]
             if new:
-                rows, state = rows + new, state.join(self._begin(search, new))
-            going = self._judge(search, state, rows)
-            finished, rows = list(compress(rows, ~going)), list(compress(rows, going))
-            if finished:
+                rows, state = rows.join(self._rows(new)), state.join(self._begin(search, new))
+            over = self._judge(search, state, rows)
+            if bool(over.any()):
+                finished, left = rows.attempts(over), (~over).nonzero()[:, 0]
                 done += sum(last - each.run if each.broken else 1 for each in finished)
                 waiting.extend(self._finish(finished, last))
-                state = state.pick(going.to(self.network.device))
-            if rows:
+                rows, state = rows.pick(left), state.pick(left.to(device, non_blocking=True))
+            if len(rows):
                 search.move(state)
-            running = [f"{self.log.runs[row.run]} ({row.run + 1} of {self.apgd_runs})" for row in sorted(rows)[:1]]
+            earliest = [int(rows.run.min())] if len(rows) else []
+            running = [f"{self.log.runs[run]} ({run + 1} of {self.apgd_runs})" for run in earliest]
             unbroken = f"{int((chosen & ~self.log.broken).sum())} examples not yet broken"
             self.context.callback.progress(self.threat, done, total, ", ".join([*running, unbroken]))
 
@@ -210,49 +159,67 @@ class ThreatEvaluator:
         index = (chosen & ~self.log.broken & (next_run < last)).nonzero()[:, 0]
         return deque(sorted(map(Attempt, next_run[index].tolist(), index.tolist())))
 
-    def _begin(self, search: APGD, new: Sequence[Attempt]) -> APGDState:
-        """New rows at their random starts."""
-        examples, runs = [each.example for each in new], [self.log.runs[each.run] for each in new]
-        x = self.examples.x(torch.tensor(examples))
-        start = random_starts(x, examples, self.threat, runs, self.context.plan.seed)
-        return search.begin(x.to(self.network.device), start.to(self.network.device))
-
-    def _judge(self, search: APGD, state: APGDState, rows: Sequence[Attempt]) -> Tensor:
-        """Judge each row's iterate; tell the search, and note on the rows what an allowed image broke: (B,) bool, who goes on."""
-        device, index = self.network.device, torch.tensor([row.example for row in rows])
-        x_adv, y, target = state.x + state.delta, self.examples.y[index].to(device), self._targets(rows, index)
-        # The gradient is not needed at a run's last iterate; rows that started together end together.
-        with_grad = min(row.passes for row in rows) + 1 < search.ticks
-        model = self.network.attack_model or self.network.model
-        value, grad, misclassified = loss_and_grad(
-            model, x_adv, y, partial(_mixed_loss, target=target.to(device)), with_grad
+    def _rows(self, new: Sequence[Attempt]) -> _Rows:
+        """New rows, whose run of APGD-T aims at a place in the ranking, from 1."""
+        run, example = (
+            torch.tensor([getattr(each, name) for each in new], dtype=torch.int64) for name in ("run", "example")
         )
-        search.receive(state, value, grad)
-        wrong = misclassified.cpu() & torch.tensor([row.passes >= search.counts_from for row in rows])
-        if self.network.attack_model and bool(wrong.any()):
-            wrong[wrong.clone()] = self.network.predictions(x_adv[wrong.to(device)]) != self.examples.y[index[wrong]]
-        for row, broken in zip(rows, self._allowed(index, x_adv, wrong).tolist(), strict=True):
-            row.passes, row.broken = row.passes + 1, broken
-        return torch.tensor([not row.broken and row.passes < search.ticks for row in rows])
+        place = torch.tensor([log_run.number if log_run.kind == "T" else 0 for log_run in self.log.runs])[run]
+        target = torch.where(place > 0, self.context.ranking[example, place].long(), UNTARGETED)
+        passes, not_finite = torch.zeros_like(run), torch.zeros_like(run, dtype=torch.bool)
+        on_device = (value.to(self.network.device, non_blocking=True) for value in (self.examples.y[example], target))
+        return _Rows(run, example, passes, not_finite, not_finite.clone(), *on_device)
 
-    def _targets(self, rows: Sequence[Attempt], index: Tensor) -> Tensor:
-        """The class (B,) that each row's run of APGD-T aims at, which is a place in the ranking, from 1; else UNTARGETED."""
-        runs = [self.log.runs[row.run] for row in rows]
-        place = torch.tensor([run.number if run.kind == "T" else 0 for run in runs])
-        return torch.where(place > 0, self.context.ranking[index, place].long(), UNTARGETED)
+    def _begin(self, search: APGD, new: Sequence[Attempt]) -> APGDState:
+        """The search's state for new rows, at their random starts."""
+        examples, runs = [each.example for each in new], [self.log.runs[each.run] for each in new]
+        x = self.examples.x(torch.tensor(examples)).to(self.network.device, non_blocking=True)
+        return search.begin(x, random_starts(x, examples, self.threat, runs, self.context.plan.seed))
 
-    def _allowed(self, index: Tensor, x_adv: Tensor, wrong: Tensor) -> Tensor:
-        """Of the misclassified (B,) images x_adv (B, ...) those in ball and box, which the callback gets; the others are warned of."""
-        if not bool(wrong.any()):
+    def _judge(self, search: APGD, state: APGDState, rows: _Rows) -> Tensor:
+        """Judge each row's iterate; tell the search; note what an allowed image broke and what was not finite: (B,) bool, who is done.
+
+        The host waits for the device once, and once more where an example breaks.
+        """
+        x_adv = state.x + state.delta
+        # The gradient is not needed at a run's last iterate; rows that started together end together.
+        with_grad = int(rows.passes.min()) + 1 < search.ticks
+        model = self.network.attack_model or self.network.model
+        with failures_of(rows.example):
+            logits, value, grad = forward_backward(
+                model, x_adv, rows.y, partial(_mixed_loss, target=rows.target), with_grad
+            )
+        search.receive(state, *finite(value, grad))
+        not_finite = ~(logits.isfinite().all(1) & grad.flatten(1).isfinite().all(1))
+        wrong, not_finite = torch.stack([misclassified(logits, rows.y), not_finite]).cpu()
+        rows.not_finite |= not_finite
+        rows.broken = self._confirmed(x_adv, rows.y, rows.example, wrong & (rows.passes >= search.counts_from))
+        rows.passes += 1
+        return rows.broken | (rows.passes >= search.ticks)
+
+    def _confirmed(self, x_adv: Tensor, y: Tensor, example: Tensor, wrong: Tensor) -> Tensor:
+        """Of the misclassified (B,) images x_adv (B, ...) those that count, which the callback gets: (B,) bool.
+
+        They have to be in ball and box, the others are warned of, and misclassified by `model` too if another network was attacked.
+        """
+        index = wrong.nonzero()[:, 0]
+        if not len(index):
             return wrong
-        numbers, found = index[wrong], x_adv[wrong.to(x_adv.device)].cpu()
+        here = index.to(x_adv.device, non_blocking=True)
+        found, numbers = x_adv[here], example[index]
+        verdict = torch.ones_like(here, dtype=torch.bool)
+        if self.network.attack_model:
+            verdict = self.network.wrong(found, y[here], numbers)
+        both = torch.cat([found.flatten(1), verdict[:, None].to(found.dtype)], 1).cpu()  # one copy, one wait
+        found, counts = both[:, :-1].view(-1, *x_adv.shape[1:]), both[:, -1] > 0
         allowed = self.threat.contains(self.examples.x(numbers), found)
         if not bool(allowed.all()):
             outside = f"{int((~allowed).sum())} images are outside {self.threat} or [0, 1]"
             warnings.warn(f"{outside}: they do not count", stacklevel=2)
-        if bool(allowed.any()):
-            self.context.callback.broken(self.threat, numbers[allowed].tolist(), found[allowed])
-        return wrong.masked_scatter(wrong, allowed)
+        counts &= allowed
+        if bool(counts.any()):
+            self.context.callback.broken(self.threat, numbers[counts].tolist(), found[counts])
+        return wrong.masked_scatter(wrong, counts)
 
     def _make_other(self, number: int, index: Tensor) -> None:
         """One of the other attacks on a batch of examples; its starts may depend on the batch."""
@@ -263,12 +230,16 @@ class ThreatEvaluator:
             passes += len(images)
             return self.network.model(images)
 
-        x, y = self.examples.x(index), self.examples.y[index]
+        x, y = self.examples.x(index).to(self.network.device), self.examples.y[index].to(self.network.device)
         attack = self.context.other_attacks[self.log.runs[number].kind]
-        x_adv = attack(counted, x.to(self.network.device), y.to(self.network.device), self.threat)
-        wrong = (self.network.predictions(x_adv) != y) & (x_adv.cpu() != x).flatten(1).any(1)
-        pairs = zip(index.tolist(), self._allowed(index, x_adv, wrong).tolist(), strict=True)
-        self._finish([Attempt(number, i, max(passes // len(index), 1), broken) for i, broken in pairs], number + 1)
+        with failures_of(index):
+            x_adv = attack(counted, x, y, self.threat)
+        logits = self.network.logits(x_adv, index)
+        wrong = misclassified(logits, y) & (x_adv != x).flatten(1).any(1)
+        broken = self._confirmed(x_adv, y, index, wrong.cpu())
+        told = zip(index.tolist(), broken.tolist(), (~logits.isfinite().all(1)).tolist(), strict=True)
+        spent = max(passes // len(index), 1)
+        self._finish([Attempt(number, i, spent, done, bad) for i, done, bad in told], number + 1)
 
     def _finish(self, finished: Sequence[Attempt], last: int) -> list[Attempt]:
         """Note runs that are over; their examples' next ones, of those before number `last`."""
@@ -278,12 +249,45 @@ class ThreatEvaluator:
         return [Attempt(each.run + 1, each.example) for each in going_on]
 
 
+@dataclass
+class _Rows:
+    """The attempts in the batch, B of them: on the host, but for labels and targets, which are on the network's device."""
+
+    run: Tensor  # (B,) int64
+    example: Tensor  # (B,) int64
+    passes: Tensor  # (B,) int64
+    broken: Tensor  # (B,) bool
+    not_finite: Tensor  # (B,) bool
+    y: Tensor  # (B,) int64
+    target: Tensor  # (B,) int64: the class that APGD-T aims at, else UNTARGETED
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    def attempts(self, chosen: Tensor) -> list[Attempt]:
+        """The rows chosen (B,) bool."""
+        columns = (self.run, self.example, self.passes, self.broken, self.not_finite)
+        return [Attempt(*row) for row in zip(*(column[chosen].tolist() for column in columns), strict=True)]
+
+    def pick(self, index: Tensor) -> _Rows:
+        """The rows `index` (positions on the host)."""
+        there = index.to(self.y.device, non_blocking=True)
+        return _Rows(*(value[index if value.device == index.device else there] for value in vars(self).values()))
+
+    def join(self, other: _Rows) -> _Rows:
+        """These rows, then the other's."""
+        return _Rows(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
 def random_starts(x: Tensor, examples: Sequence[int], threat: Threat, runs: Sequence[AttackRun], seed: int) -> Tensor:
-    """A start (B, ...) for each row's example and run, whatever the batch, which the attack projects on ball and box."""
+    """A start (B, ...) for each row's example and run, whatever the batch, which the attack projects on ball and box.
+
+    The noise is drawn on the CPU, so that it is the same for every device, and takes its shape on that of x (B, ...).
+    """
     norm, pairs = threat.spec.seed_number, zip(examples, runs, strict=True)
     draws = [generator(seed, i, norm, APGD_KINDS.index(run.kind), run.number) for i, run in pairs]
     noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
-    return threat.spec.random_start(noise, threat.eps)
+    return threat.spec.random_start(noise.to(x.device, non_blocking=True), threat.eps)
 
 
 def _mixed_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

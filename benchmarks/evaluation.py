@@ -17,9 +17,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
+from attacks.network import Examples
 from attacks.norms import NORMS
 from attacks.results import AttackPlan
-from attacks.standard import Examples
 from attacks.threat import Threat
 from config import threats_of
 from data import load_dataset

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywh
 import train
 from attacks.apgd import apgd, loss_and_grad
 from attacks.losses import cross_entropy
+from attacks.network import Examples
 from attacks.norms import NORMS
 from attacks.projections import project_l1
 from attacks.results import AttackPlan
-from attacks.standard import Examples
 from attacks.threat import Threat
 from benchmarks.speed import network
 from config import TrainConfig, flags_given, make_parser, resolved, threats_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from attacks.results import AttackLog, AttackRun, Evaluation
@@ -33,6 +34,18 @@ def make_curve_runs(
             for radius in scaled(threat, factors):
                 ThreatEvaluator(context, radius, curve[radius]).run(pending)
                 pending = pending & ~curve[radius].broken
+
+
+def curve_warnings(threats: Sequence[Threat], curve: Mapping[Threat, AttackLog]) -> list[str]:
+    """At how many examples logits or gradients were not finite at the other radii."""
+    found = []
+    for threat in threats:
+        logs = [curve[radius].not_finite for radius in scaled(threat, BELOW + ABOVE)]
+        if number := int(torch.stack(logs).any(0).sum()):
+            found.append(
+                f"{threat.norm}'s security curve: logits or gradients were infinite or NaN at {number} images: it may be far too high"
+            )
+    return found
 
 
 def accuracy_curve(evaluation: Evaluation, threat: Threat, curve: Mapping[Threat, AttackLog]) -> list[list[float]]:

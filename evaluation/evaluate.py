@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from attacks.apgd import Model
 from attacks.checks import result_warnings
+from attacks.network import CleanAnswers, Examples, Network, clean_answers
 from attacks.results import STANDARD, AttackLog, AttackPlan, Evaluation
-from attacks.standard import EvaluationContext, Examples, Network, OtherAttack, make_runs, rank_classes
+from attacks.standard import EvaluationContext, OtherAttack, make_runs
 from attacks.threat import Threat
-from evaluation.curve import accuracy_curve, curve_logs, make_curve_runs
+from evaluation.curve import accuracy_curve, curve_logs, curve_warnings, make_curve_runs
 from evaluation.storage import Store
 from utils.checkpoint import fingerprint, tensors_fingerprint
 from utils.distributed import Process, all_gather
@@ -55,28 +56,27 @@ def evaluate(
     The model is on the process' device, in eval mode, its parameters without gradient. With a folder, the images that broke examples are
     in its adv_THREAT.npy (clean ones elsewhere), each is read back and judged again, and what its states say is done is not done again:
     they must be of the same network, examples, threats, plan, amp and curve. Images outside ball or box do not count and are warned of.
-    Raises UsageError for a folder with a state of another evaluation.
+    Raises UsageError for a folder with a state of another evaluation, NetworkError for a network that fails; what was found is kept.
     """
     device, rank, n = options.process.device, options.process.rank, len(examples)
     attack_model = None if options.amp == "off" else autocast_model(model, device, options.amp)
     network = Network(model, device, options.batch_size, attack_model)
     mine = torch.arange(rank, n, options.process.world_size)
-    ranking, warnings = rank_classes(network, examples, mine)
-    clean, chosen = torch.zeros(2, n, dtype=torch.bool)
-    clean[mine] = ranking[mine, 0] == examples.y[mine]
+    answers = clean_answers(network, examples, mine)
     with Store(folder, rank, options.progress and rank == 0) as store:
-        others = library_attacks(plan.seed, ranking.shape[1])
-        context = EvaluationContext(network, examples, ranking, plan, store, others)
+        others = library_attacks(plan.seed, answers.ranking.shape[1])
+        context = EvaluationContext(network, examples, answers.ranking, plan, store, others)
         logs = {threat: context.empty_log(threat) for threat in threats}
         curve = curve_logs(threats, n) if options.curve else {}
         store.begin(identity(context, logs, options), logs | curve, examples, threats if folder else ())
-        chosen[mine] = clean[mine]
-        warnings += make_verified_runs(context, logs, chosen, store, mine)
+        answers.warnings += make_verified_runs(context, logs, answers.right, store, mine)
         if curve:
-            make_curve_runs(context, logs, curve, chosen)
-    warnings = gather(mine, clean, logs | curve, warnings)
-    evaluation = Evaluation(clean, logs, plan.union_only, warnings=warnings)
+            make_curve_runs(context, logs, curve, answers.right)
+    gather(mine, answers, logs | curve)
+    evaluation = Evaluation(answers.right, logs, plan, warnings=answers.warnings)
+    evaluation.clean_not_finite, evaluation.num_classes = answers.not_finite, answers.ranking.shape[1]
     if options.curve:
+        evaluation.warnings += curve_warnings(threats, curve)
         evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in threats}
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
@@ -121,19 +121,19 @@ def make_verified_runs(
     return [f"{threat}: {number} {text}" for threat, number in failures.items() if number]
 
 
-def gather(mine: Tensor, clean: Tensor, logs: Mapping[Threat, AttackLog], warnings: Sequence[str]) -> list[str]:
-    """Put every process' part, its examples `mine`, into clean (N,) bool and the logs, with the sums of their counts; all warnings."""
-    ours = [(log.passes[mine], log.broken_by[mine], log.counts) for log in logs.values()]
-    parts = all_gather((mine, clean[mine], ours, warnings))
+def gather(mine: Tensor, answers: CleanAnswers, logs: Mapping[Threat, AttackLog]) -> None:
+    """Put every process' part, its examples `mine`, into the clean answers and the logs; with all warnings and the sums of counts."""
+    ours = [(log.passes[mine], log.broken_by[mine], log.not_finite[mine], log.counts) for log in logs.values()]
+    parts = all_gather((mine, answers.right[mine], answers.not_finite[mine], ours, answers.warnings))
     for log in logs.values():
         log.counts = {}
-    for index, right, theirs, _ in parts:
-        clean[index] = right
-        for log, (passes, broken_by, counts) in zip(logs.values(), theirs, strict=True):
-            log.passes[index], log.broken_by[index] = passes, broken_by
+    for index, right, odd, theirs, _ in parts:
+        answers.right[index], answers.not_finite[index] = right, odd
+        for log, (passes, broken_by, not_finite, counts) in zip(logs.values(), theirs, strict=True):
+            log.passes[index], log.broken_by[index], log.not_finite[index] = passes, broken_by, not_finite
             for name, count in counts.items():
                 log.counts[name] = log.counts.get(name, 0) + count
-    return list(dict.fromkeys(warning for *_, found in parts for warning in found))
+    answers.warnings = list(dict.fromkeys(warning for *_, found in parts for warning in found))
 
 
 def library_attacks(seed: int, num_classes: int) -> dict[str, OtherAttack]:

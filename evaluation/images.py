@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks.standard import Examples
+from attacks.network import Examples
 from attacks.threat import Threat
 
 

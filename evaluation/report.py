@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attacks.network import Examples, Network
 from attacks.norms import NORMS
-from attacks.results import Evaluation
-from attacks.standard import Examples, Network
+from attacks.results import Evaluation, interval, remarks
 from evaluation.images import image_path
+from evaluation.statistics import upper_bounds
 from utils.pictures import as_text, picture_style
 from utils.text import printable
 
@@ -86,9 +87,10 @@ def write_report(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     with picture_style():
-        pictures = [_classes(content["outcomes"], labels, _short(class_names))]
+        bounds = upper_bounds(content)
+        pictures = [_classes(content["outcomes"], bounds, labels, _short(class_names))]
         if "curve" in content:
-            pictures.append(_curve(content["curve"]))
+            pictures.append(_curve(content["curve"], bounds))
         if examples:
             pictures.append(_grid(examples, list(content["norms"])))
     page = Environment(
@@ -98,19 +100,24 @@ def write_report(
         finalize=lambda value: printable(value, len(value)) if isinstance(value, str) else value,
     )
     command = "python " + shlex.join(content["environment"]["command"])
-    text = page.get_template("report.html").render(content, pictures=pictures, command=command)
+    text = page.get_template("report.html").render(
+        content, pictures=pictures, command=command, interval=interval, remarks=remarks
+    )
     path.write_text(text, encoding="utf-8")
 
 
-def _classes(outcomes: dict[str, list[int]], labels: Sequence[int], class_names: Sequence[str]) -> dict[str, str]:
-    """Accuracy of each class in bars."""
+def _classes(
+    outcomes: dict[str, list[int]], bounds: Container[str], labels: Sequence[int], class_names: Sequence[str]
+) -> dict[str, str]:
+    """Accuracy of each class in bars; `bounds`: which are upper bounds."""
     y, places, width = np.array(labels), np.arange(len(class_names)), 0.8 / len(outcomes)
     counts = [int((y == k).sum()) for k in places]
     figure = _figure(11, 3.6)
     axes = figure.subplots()
     for i, (name, values) in enumerate(outcomes.items()):
         heights = [100 * np.mean(np.array(values)[y == k]) if counts[k] else np.nan for k in places]
-        axes.bar(places + i * width, heights, width, label=name, color=_colour(name))
+        label = f"{name} (upper bound)" if name in bounds else name
+        axes.bar(places + i * width, heights, width, label=label, color=_colour(name))
     names = [f"{name}\n{n} images" for name, n in zip(class_names, counts, strict=True)]
     axes.set_xticks(places + 0.4 - width / 2, names)
     axes.set(ylabel="accuracy (%)", ylim=(0, 100))
@@ -118,15 +125,17 @@ def _classes(outcomes: dict[str, list[int]], labels: Sequence[int], class_names:
     return _picture(figure, "Accuracy of each class", "Bars of classes with few images mean little.")
 
 
-def _curve(curve: dict[str, list[list[float]]]) -> dict[str, str]:
-    """Accuracy against radius."""
+def _curve(curve: dict[str, list[list[float]]], bounds: Container[str]) -> dict[str, str]:
+    """Accuracy against radius; `bounds`: which norms' accuracy is an upper bound at the evaluation's radius too."""
     figure = _figure(11, 3.6)
     each = np.atleast_1d(figure.subplots(1, len(curve), sharey=True))
     for axes, (norm, rows) in zip(each, curve.items(), strict=True):
         radii, accuracy = zip(*rows, strict=True)
         axes.plot(radii, accuracy, marker="o", color=_colour(norm))
         axes.axvline(radii[len(radii) // 2], color="#999999", linestyle=":", label="the evaluation's radius")
-        axes.set(title=norm, xlabel="radius (pixels in [0, 1])", ylim=(0, 100))
+        axes.set(
+            title=f"{norm} (upper bound)" if norm in bounds else norm, xlabel="radius (pixels in [0, 1])", ylim=(0, 100)
+        )
         axes.grid(alpha=0.3)
     each[0].set_ylabel("robust accuracy (%)")
     each[0].legend(frameon=False)

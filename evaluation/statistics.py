@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from attacks.norms import NORMS
-from attacks.results import AttackLog, Evaluation
+from attacks.results import AttackLog, Evaluation, remarks
 from attacks.threat import Threat
 
 ROBUSTBENCH = (
@@ -22,6 +24,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     content = {
         "accuracy": evaluation.accuracies(),
         "warnings": evaluation.warnings,
+        "clean_not_finite": [] if evaluation.clean_not_finite is None else _numbers(evaluation.clean_not_finite),
         "norms": {threat.norm: _norm_json(threat, log) for threat, log in evaluation.logs.items()},
         "outcomes": {name: values.int().tolist() for name, values in outcomes.items()},
     }
@@ -40,17 +43,38 @@ def _norm_json(threat: Threat, log: AttackLog) -> dict[str, Any]:
         "eps": threat.eps,
         "runs": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         "counts": log.counts,
+        "not_finite": _numbers(log.not_finite),
         "broken_by_run": [None if number < 0 else number for number in log.broken_by.tolist()],
         "forward_passes": log.passes.sum(1).tolist(),
     }
 
 
-def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+def _numbers(chosen: Tensor) -> list[int]:
+    """Which of (N,) bool are true."""
+    found: list[int] = chosen.nonzero()[:, 0].tolist()
+    return found
+
+
+def upper_bounds(content: Mapping[str, Any]) -> set[str]:
+    """The outcomes that eval.json calls upper bounds, and those of fast attacks in a file of an earlier version."""
+    rows, settings = (
+        {} if not isinstance(content.get(key), dict) else content[key] for key in ("accuracy", "settings")
+    )
+    fast = settings.get("attacks") == "fast"
+    return {name for name, row in rows.items() if isinstance(row, dict) and (row.get("upper_bound") or fast)} - {
+        "clean"
+    }
+
+
+def paired(
+    ours: dict[str, list[int]], theirs: dict[str, list[int]], bounds: Container[str] = ()
+) -> dict[str, dict[str, float]]:
     """Differences of two evaluations' outcomes, 0 or 1 an example: ours minus theirs and the 95 % interval, in percentage points.
 
-    The interval is the normal one of the mean of the differences. Raises ValueError if the examples differ in number.
+    The interval is the normal one of the mean of the differences. `bounds`: outcomes of which one evaluation has but an upper bound.
+    Raises ValueError if the examples differ in number.
     """
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for name in [name for name in ours if name in theirs]:
         n = len(ours[name])
         if len(theirs[name]) != n:
@@ -62,15 +86,17 @@ def paired(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> dict[str
         mean = float(difference.mean())
         figures = {"difference": mean, "low": mean - half, "high": mean + half}
         rows[name] = {key: round(100 * value, 2) for key, value in figures.items()}
+        if name in bounds:
+            rows[name]["upper_bound"] = True
     return rows
 
 
 def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
     """Paired differences in percentage points with their 95 % intervals, one line each."""
     lines = [f"difference to {other}, the same images, with 95 % interval"]
-    lines += [
-        f"  {name:<26}{r['difference']:+7.2f}     [{r['low']:+6.1f}, {r['high']:+6.1f}]" for name, r in rows.items()
-    ]
+    for name, row in rows.items():
+        bound = "   of upper bounds" if row.get("upper_bound") else ""
+        lines.append(f"  {name:<26}{row['difference']:+7.2f}     [{row['low']:+6.1f}, {row['high']:+6.1f}]{bound}")
     return "\n".join(lines)
 
 
@@ -79,7 +105,8 @@ def robustbench_fields(content: dict[str, Any], norm: str) -> dict[str, Any]:
     settings, accuracy, eps = content["settings"], content["accuracy"], content["norms"][norm]["eps"]
     levels = round(eps * 255, 6)
     in_levels = norm in NORMS and NORMS[norm].per_pixel and levels == round(levels)
-    robust = f"{accuracy[norm]['accuracy']:.2f}"
+    row = accuracy[norm]
+    robust = f"{row['accuracy']:.2f}{''.join(f' ({remark})' for remark in remarks(row))}"
     full = settings["attacks"] == "autoattack"
     other = "" if full else f"; {robust} under the {settings['attacks']} attacks, not AutoAttack"
     return dict.fromkeys(ROBUSTBENCH) | {

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attacks.network import Examples, Network
 from attacks.results import AttackLog, Attempt
-from attacks.standard import EvaluationCallback, Examples, Network
+from attacks.standard import EvaluationCallback
 from attacks.threat import Threat
 from evaluation.images import ImageFile, image_path
 from utils.checkpoint import StateFiles, load_tensors, matches_digest, state_files
@@ -22,6 +23,7 @@ from utils.distributed import run_on_rank0
 from utils.resume import WAIT, lock_run
 from utils.run_folder import new_folder, newest_folder
 
+FOUND = "passes", "broken_by", "not_finite"  # of an AttackLog: what a state holds of each example
 SECONDS = 60.0  # between two states: what an abrupt end costs at most
 Logs = Mapping[Threat, AttackLog]
 
@@ -61,8 +63,8 @@ class Store(EvaluationCallback):
         except ValueError as error:
             raise UsageError("--resume", error) from error
         for key, log in by_key(logs).items():
-            log.passes.copy_(found[key]["passes"])
-            log.broken_by.copy_(found[key]["broken_by"])
+            for name in FOUND:
+                getattr(log, name).copy_(found[key][name])
             log.counts.update(found[key]["counts"] if self.rank == 0 else {})  # which are summed over the processes
         # Set apart, since an exception may come while the logs are being changed.
         self.kept = copy.deepcopy(dict(logs))
@@ -112,7 +114,7 @@ class Store(EvaluationCallback):
         for file in self.images.values():
             file.sync()
         logs = {
-            key: {"passes": log.passes, "broken_by": log.broken_by, "counts": self.logs[threat].counts}
+            key: {name: getattr(log, name) for name in FOUND} | {"counts": self.logs[threat].counts}
             for (key, log), threat in zip(by_key(self.kept).items(), self.kept, strict=True)
         }
         self.states.write(f"{self.number:08d}", {"identity": self.identity, "logs": logs})
@@ -124,7 +126,7 @@ class Store(EvaluationCallback):
         broken = mine[self.logs[threat].broken[mine]]
         for index in broken.split(network.batch_size) if len(broken) else ():
             x_adv = self.images[threat].read(index.tolist())
-            wrong = network.predictions(x_adv.nan_to_num().to(network.device)) != examples.y[index]
+            wrong = network.wrong(x_adv.nan_to_num().to(network.device), examples.y[index], index).cpu()
             failed.append(index[~(wrong & threat.contains(examples.x(index), x_adv))])
         return torch.cat(failed)
 
@@ -150,7 +152,7 @@ class Store(EvaluationCallback):
         """The number of the next state, and what all processes have found, by threat; makes the image files. Raises ValueError, OSError."""
         assert self.folder is not None
         found = {
-            key: {"passes": log.passes.clone(), "broken_by": log.broken_by.clone(), "counts": {}}
+            key: {name: getattr(log, name).clone() for name in FOUND} | {"counts": {}}
             for key, log in by_key(self.logs).items()
         }
         states = _newest_states(self.folder)
@@ -207,7 +209,7 @@ def _merge(path: Path, identity: Mapping[str, Any], found: dict[str, Any]) -> No
     try:
         for key, log in found.items():
             theirs = content["logs"][key]
-            for name in ("passes", "broken_by"):
+            for name in FOUND:
                 if theirs[name].shape != log[name].shape or theirs[name].dtype != log[name].dtype:
                     raise ValueError(name)
                 torch.maximum(log[name], theirs[name], out=log[name])  # the same runs have the same passes

@@ -17,10 +17,11 @@ import train
 from attacks.apgd import apgd, apgd_each, select_per_example
 from attacks.msd import msd
 from attacks.multinorm import SCHEMES
+from attacks.network import Examples, Network
 from attacks.norms import NORMS, NormSpec, register_norm
 from attacks.projections import project_linf
 from attacks.results import AttackPlan, Evaluation
-from attacks.standard import Examples, Network, robust_accuracy
+from attacks.standard import robust_accuracy
 from attacks.threat import Threat
 from data import load_dataset
 from evaluation.evaluate import EvaluationOptions, evaluate

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from attacks.results import AttackLog, AttackRun, Attempt, Evaluation, normal_interval, table, wilson_interval
+from attacks.results import AttackLog, AttackRun, Attempt, Evaluation, mean_interval, table, wilson_interval
 from attacks.seeds import generator
 from attacks.threat import Threat
 from utils import modules
@@ -45,11 +45,11 @@ def test_wilsons_interval_is_scipys(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 60])
-def test_the_average_has_the_normal_interval(n: int) -> None:
+def test_the_average_has_the_mean_interval(n: int) -> None:
     values = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(n)).double() / 3
     mean, half = float(values.mean()), 1.96 * float(np.std(values.numpy(), ddof=1)) / n**0.5
-    assert normal_interval(values) == pytest.approx((max(mean - half, 0), min(mean + half, 1)), abs=1e-12)
-    assert normal_interval(values[:1]) == (0, 1)
+    assert mean_interval(values) == pytest.approx((max(mean - half, 0), min(mean + half, 1)), abs=1e-12)
+    assert mean_interval(values[:1]) == (0, 1)
 
 
 def test_the_print_is_a_table_with_warnings_below() -> None:

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 
 from attacks.apgd import EVALUATION_TOP_FRACTION, apgd
 from attacks.losses import cross_entropy, dlr_targeted
+from attacks.network import Examples, Network, clean_answers
 from attacks.norms import NORMS
 from attacks.results import AttackPlan, AttackRun, Attempt, Evaluation
 from attacks.standard import (
     EvaluationCallback,
     EvaluationContext,
-    Examples,
-    Network,
     make_runs,
     random_starts,
-    rank_classes,
     robust_accuracy,
 )
 from attacks.threat import Threat
@@ -362,7 +360,7 @@ def test_a_callback_hears_of_all_and_what_it_heard_can_be_gone_on_from(
     network: nn.Module, examples: Examples, whole: Evaluation
 ) -> None:
     """Each image before its run; progress from 0 to all runs; from any part of the records the rest is found."""
-    ranking, _ = rank_classes(Network(network, CPU), examples, torch.arange(N))
+    ranking = clean_answers(Network(network, CPU), examples, torch.arange(N)).ranking
     context = EvaluationContext(Network(network, CPU, 16), examples, ranking, AttackPlan(n_iter=N_ITER), Listening())
     logs = {threat: context.empty_log(threat) for threat in THREATS}
     make_runs(context, logs, whole.clean)

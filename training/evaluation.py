@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from attacks.network import Examples, Network
 from attacks.results import AttackPlan, Evaluation, table
-from attacks.standard import Examples, Network
 from config import evaluation_threats
 from data import FolderSplit, Split
 from evaluation.evaluate import EvaluationOptions, evaluate

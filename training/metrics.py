@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,39 @@ def console_line(record: dict[str, Any], epochs: int) -> str:
     lines = [f"epoch {record['epoch']}/{epochs}  lr {record['lr']:.3g}  {norms}  {record['seconds']:.1f} s"]
     for kind in ("eval", "eval_ema"):
         for split, rows in record.get(kind, {}).items():
-            figures = "  ".join(f"{name} {rows[name]['accuracy']:.1f}" for name in rows if name != "average")
+            odd = {name: f" (NOT FINITE at {row['not_finite']})" for name, row in rows.items() if row.get("not_finite")}
+            figures = "  ".join(
+                f"{name} {row['accuracy']:.1f}{odd.get(name, '')}" for name, row in rows.items() if name != "average"
+            )
             lines.append(f"    {split}{kind.removeprefix('eval')} accuracy, upper bounds: {figures}")
     return "\n".join(lines)
+
+
+PATIENCE = 3  # epochs at chance before a run says so
+
+
+def constant_loss(labels: torch.Tensor) -> float:
+    """Cross-entropy of the best constant answer to labels (N,): the entropy of their frequencies."""
+    frequencies = labels.bincount().double() / len(labels)
+    return float(torch.special.entr(frequencies).sum())
+
+
+def chance_warning(records: Sequence[Mapping[str, Any]], constant: float, epochs: int) -> str | None:
+    """What to say after the last of the records, an epoch each, once in a run of `epochs`: training sits at chance.
+
+    An epoch does if no norm's loss, nor the clean images', is below 98 % of `constant` (`constant_loss`). Said after three such epochs in
+    a row, or after the last of a shorter run.
+    """
+    longest = streak = 0
+    for record in records:
+        before = longest
+        losses = [row["loss"] for row in record["norms"].values() if row["loss"] is not None]
+        streak = streak + 1 if losses and constant and min(losses) >= 0.98 * constant else 0
+        longest = max(longest, streak)
+    if not records or longest == before or longest != min(PATIENCE, epochs):
+        return None
+    return (
+        f"WARNING: training sits at chance: for {longest} epochs the loss was not below that of a constant answer, "
+        f"{constant:.2f}. The usual reasons: a learning rate too high or too low (--lr-max), radii that leave no class "
+        "apart (--l_eps), labels that do not belong to the images"
+    )

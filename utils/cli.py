@@ -84,8 +84,11 @@ def _again(prog: str, argv: Sequence[str] | None) -> str:
 
 
 def _described(error: BaseException) -> str:
-    """An exception with its place, the innermost that is not in an installed package."""
-    frames = [each for each in extract_tb(error.__traceback__) if "site-packages" not in each.filename]
+    """An exception with the place where it began, the innermost that is not in an installed package."""
+    first = error
+    while first.__cause__:
+        first = first.__cause__
+    frames = [each for each in extract_tb(first.__traceback__) if "site-packages" not in each.filename]
     return f"{type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno})"
 
 

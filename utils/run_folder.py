@@ -139,6 +139,14 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of `append_json_line`, without lines that are none, such as one cut off by the end of a run."""
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            if isinstance(record := parse_json(line), dict):
+                yield record
+
+
 def flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of nested dictionaries, by their keys with / between."""
     numbers: dict[str, float] = {}

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # as KeyboardInterrupt: whoever catches Exception does not mean it
     """The run was asked to end; `code` is what a shell expects of a program that this signal ended, 143, 130 or 129."""
 
     def __init__(self, number: int) -> None:
