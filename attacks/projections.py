@@ -51,7 +51,7 @@ def shrink2_by_sort(unit: Tensor, room: Tensor, radius2: Tensor) -> Tensor:
     and equal for the true set, which is among those with the smallest room / |delta|. So u is the largest of these sets' roots.
     """
     room2, unit2 = room.square(), unit.square()
-    ratio, order = (room2 / unit2).sort(1)
+    _, order = (room2 / unit2).sort(1)
     at_box = room2.gather(1, order).cumsum(1)[:, :-1]
     # From the other end, not total - cumsum: the difference would lose the small entries.
     free = unit2.gather(1, order.flip(1)).cumsum(1).flip(1)
