@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.arrays import load_arrays
+from utils.distributed import ALONE, Process, all_gather
 from utils.modules import generator
 from utils.run_folder import new_folder_or_nothing
 from utils.workers import load_ahead
@@ -51,7 +52,7 @@ class Split:
         """The first n examples."""
         return Split(self.images[:n], self.labels[:n], self.levels, self.padding, self.flip)
 
-    def in_memory(self) -> Split:
+    def in_memory(self, process: Process = ALONE) -> Split:
         """The split itself; a FolderSplit reads its files."""
         return self
 
@@ -87,13 +88,29 @@ class FolderSplit:
         """The first n examples; no file is read."""
         return replace(self, files=self.files[:n], labels=self.labels[:n])
 
-    def in_memory(self) -> Split:
-        """All images, prepared, read by a thread for each core. Raises ValueError that names a file that holds no image."""
+    def in_memory(self, process: Process = ALONE) -> Split:
+        """All images, prepared; every process reads a share of the files, by a thread for each core.
+
+        Raises ValueError, on all processes, that names a file that holds no image.
+        """
+        shares = all_gather(self._images(self.files[process.rank :: process.world_size]))
         images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
-        with ThreadPoolExecutor(_cores()) as threads:
-            for i, image in enumerate(threads.map(lambda file: _read_image(file, self.prepare), self.files)):
-                images[i] = image
+        for rank, share in enumerate(shares):
+            if isinstance(share, ValueError):
+                raise share
+            images[rank :: process.world_size] = share
         return Split(images, self.labels, self.levels, padding=0, flip=False)
+
+    def _images(self, files: list[str]) -> Tensor | ValueError:
+        """Those of the files, (B, C, H, W), or the first error."""
+        images = torch.empty(len(files), *self.shape, dtype=torch.uint8)
+        try:
+            with ThreadPoolExecutor(_cores()) as threads:
+                for i, image in enumerate(threads.map(lambda file: _read_image(file, self.prepare), files)):
+                    images[i] = image
+        except ValueError as error:
+            return error
+        return images
 
     def pixels(self) -> tuple[Tensor, Tensor]:
         """The same as float32 in [0, 1], (N, 3, H, W), and labels (N,)."""

@@ -28,7 +28,7 @@ from torch import nn
 from attacks.network import Examples, Network
 from attacks.results import AttackPlan, table
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
-from data import Dataset, FolderSplit, load_dataset
+from data import Dataset, FolderSplit, Split, load_dataset
 from evaluation.baseline import check_baseline, read_baseline
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         with blame("--model_name"):
             check_fits(model, data.shape, data.num_classes)
         process = stack.enter_context(process_group(device))
+        with blame("--data_dir"):
+            data = replace(data, test=data.test.take(config.n_ex or 0).in_memory(process))
         parts = ["eval", config.dataset or "", *(config.model_name or "").split("/")[-2:], f"n{config.n_ex}"]
         # Rank 0 chooses the folder; its error is raised on all ranks.
         with blame("--resume" if config.resume else "--save_dir"):
@@ -109,9 +111,9 @@ def evaluate_and_report(
     folder: Path,
     baseline: dict[str, Any] | None,
 ) -> None:
-    """Attack, print, save."""
-    with blame("--data_dir"):
-        test = data.test.take(config.n_ex or 0).in_memory()
+    """Attack, print, save; the data set's test images are in memory."""
+    test = data.test
+    assert isinstance(test, Split)
     threats = [] if config.only_clean else threats_of(config.dataset or "", config.l_norms, config.l_eps)
     if process.is_rank0:
         attacked = ", ".join(map(str, threats)) or "no attack"

@@ -115,18 +115,23 @@ def finish_epoch(trainer: Trainer, board: Any) -> None:
         for suffix, model in trainer.networks().items():
             record[f"eval{suffix}"] = quick_evaluation(trainer, model)
     if trainer.process.is_rank0:
-        append_json_line(trainer.folder / "metrics.jsonl", record)
-        print(console_line(record, config.epochs or 0), flush=True)
-        records = list(json_lines(trainer.folder / "metrics.jsonl"))
-        if warning := chance_warning(records, constant_loss(trainer.dataset.train.labels), config.epochs or 0):
-            print(warning, flush=True)
-        if board:
-            for name, value in flat(record).items():
-                board.add_scalar(name, value, done)
-            board.flush()
+        report_epoch(trainer, record, board)
         if last or done % (config.save_freq or 1) == 0:
             save_checkpoints(trainer, done)
     trainer.next_epoch()
+
+
+def report_epoch(trainer: Trainer, record: dict[str, Any], board: Any) -> None:
+    """An epoch's record in metrics.jsonl, on the console and on the TensorBoard; a warning if training sits at chance."""
+    path, epochs = trainer.folder / "metrics.jsonl", trainer.config.epochs or 0
+    append_json_line(path, record)
+    print(console_line(record, epochs), flush=True)
+    if warning := chance_warning(list(json_lines(path)), constant_loss(trainer.dataset.train.labels), epochs):
+        print(warning, flush=True)
+    if board:
+        for name, value in flat(record).items():
+            board.add_scalar(name, value, record["epoch"])
+        board.flush()
 
 
 def save_checkpoints(trainer: Trainer, epoch: int) -> None:

@@ -169,7 +169,9 @@ def _check_inputs(x: Tensor, y: Tensor, delta_init: Tensor | None) -> None:
     if delta_init is not None and delta_init.shape != x.shape:
         raise ValueError(f"delta_init must have the images' shape {tuple(x.shape)}, got {tuple(delta_init.shape)}")
     if x.device.type == "cpu" and not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError("pixels must be in [0, 1]; a network that takes normalised images has to normalise them itself")
+        raise ValueError(
+            "pixels must be in [0, 1]; a network that takes normalised images has to normalise them itself"
+        )
     if y.device.type == "cpu" and bool((y < 0).any()):
         raise ValueError(f"labels must be whole numbers from 0, got {int(y.min())}")
 

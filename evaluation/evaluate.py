@@ -23,10 +23,8 @@ from attacks.threat import Threat
 from evaluation.curve import accuracy_curve, curve_logs, curve_warnings, make_curve_runs
 from evaluation.storage import Store
 from utils.checkpoint import fingerprint, tensors_fingerprint
-from utils.distributed import Process, all_gather
+from utils.distributed import ALONE, Process, all_gather
 from utils.precision import Amp, autocast_model
-
-ALONE = Process(torch.device("cpu"))
 
 
 @dataclass(frozen=True)

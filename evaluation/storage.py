@@ -204,8 +204,9 @@ def _merge(path: Path, identity: Mapping[str, Any], found: dict[str, Any]) -> No
     if not isinstance(before, dict):
         raise ValueError(f"{path} is no state of an evaluation")
     if different := [name for name in identity if before.get(name) != identity[name]]:
-        names = ", ".join(different)
-        raise ValueError(f"{path.parent} was made with another {names}: give the same, or leave --resume out")
+        raise ValueError(
+            f"{path.parent} holds another evaluation, {', '.join(different)} differ: give the same, or leave --resume out"
+        )
     try:
         for key, log in found.items():
             theirs = content["logs"][key]

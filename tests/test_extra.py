@@ -459,7 +459,7 @@ def refused(flags: list[str], capsys: pytest.CaptureFixture[str], *words: str) -
 def test_flags_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     more = f"--extra_data={save('more.npz', IMAGE, LABEL)}"
     refused([*FLAGS, "--extra_fraction=0.5"], capsys, "--extra_fraction", "--extra_data")
-    refused([*FLAGS, more, "--extra_fraction=1"], capsys, "--extra_fraction", "between 0 and 1")
+    refused([*FLAGS, more, "--extra_fraction=1"], capsys, "--extra_fraction", "above 0 and below 1")
     refused([*FLAGS, more, "--batch_size=1"], capsys, "--batch_size", "two images")
 
 
@@ -494,7 +494,7 @@ def test_a_run_that_was_cut_off_goes_on_with_a_file_that_has_moved(
     save("other.npz", *arrays(51))
     refused([f"--resume={cut}"], capsys, "--extra_data", "more.npz")
     refused([f"--resume={cut}", "--extra_data=other.npz"], capsys, "--resume", "another extra_content")
-    refused([f"--resume={cut}", "--extra_data="], capsys, "--extra_fraction")
+    refused([f"--resume={cut}", "--extra_data="], capsys, "--extra_data", "it is empty")
     moved = f"--extra_data=elsewhere/{more}"
     refused([f"--resume={cut}", moved, "--extra_fraction=0.5"], capsys, "--resume", "another extra_fraction")
     assert train.main([f"--resume={cut}", moved]) == cut

@@ -295,13 +295,13 @@ def test_an_evaluation_of_a_folder(command: list[str], folder: Path, capsys: pyt
     # Going on needs the same points, not the same name alone.
     again = [*small, "--attacks=fast", "--n_iter=4", "--n_ex=5", "--resume"]
     assert eval_script.main(again) == results
-    for change, word in (([f"--image_size={SIZE + 1}"], "image_size"), ([], "points")):
-        if word == "points":
+    for change in ([f"--image_size={SIZE + 1}"], []):
+        if not change:
             for file in (folder / "val" / "ant").iterdir():
                 save_image(file, 7)
         with pytest.raises(SystemExit):
             eval_script.main([*again, *change])
-        assert f"another {word}" in capsys.readouterr().err.replace("image_size, points", "image_size")
+        assert "images differ" in capsys.readouterr().err
 
 
 def test_an_evaluation_of_all_clean_points_at_224_pixels(command: list[str]) -> None:

@@ -15,7 +15,7 @@ from utils.pictures import as_text, picture_style
 from utils.text import printable
 
 ODD = [
-    r"$\frac$", "$", "_^{}", "<script>alert(1)</script>", "a&b", "'\"", "line\nbreak", "\x1b[31m", "caf\udce9",
+    r"$\frac$", "$", "_^{}", "<script>alert(1)</script>", "a&b", "'\"", "line\nbreak", "\x1b[31m", "\udce9",
     "\u05e9\u05dc\u05d5\u05dd", "\u202eabc", "\U0001f600", "x" * 5000, "100%", "",
 ]  # fmt: skip
 

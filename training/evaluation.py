@@ -36,7 +36,10 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
     start, config = time.time(), trainer.config
     folder = trainer.folder / suffix.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
-    test, plan = trainer.dataset.test.take(config.n_ex_final or 0).in_memory(), AttackPlan(seed=config.seed)
+    test, plan = (
+        trainer.dataset.test.take(config.n_ex_final or 0).in_memory(trainer.process),
+        AttackPlan(seed=config.seed),
+    )
     result = evaluated(trainer, model, test, plan, folder)
     if trainer.process.is_rank0:
         network = f"{trainer.folder}/ep_{config.epochs}{suffix}.pth"
@@ -62,7 +65,7 @@ def evaluated(
     trainer: Trainer, model: nn.Module, split: Split | FolderSplit, plan: AttackPlan, folder: Path | None
 ) -> Evaluation:
     """Evaluate in --eval_norms with the radii of --eval_eps, the images distributed over the processes. Raises Interrupted."""
-    read = split.in_memory()
+    read = split.in_memory(trainer.process)
     examples = Examples(read.images, read.labels, read.levels)
     options = EvaluationOptions(trainer.process, trainer.config.batch_size_eval)
     with full_precision(), eval_mode(model), no_param_grad(model), trainer.signals.at_once():

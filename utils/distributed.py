@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.cli import UsageError
 
 T = TypeVar("T")
+
+STARTING = timedelta(minutes=2)  # in which all processes have to be there
+MEETING = timedelta(minutes=30)  # in which all have to come to the same collective operation
+_STORE: list[Any] = []  # of the process group, while there is one
+_PLACES = count()  # where processes wait for all
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,15 @@ class Process:
         return self.rank == 0
 
 
+ALONE = Process(torch.device("cpu"))
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Process]:
-    """This process, joined to the others by NCCL for CUDA and gloo otherwise where torchrun started it. Raises UsageError."""
+    """This process, joined to the others by NCCL for CUDA and gloo otherwise where torchrun started it.
+
+    Raises UsageError if the environment is not torchrun's, or if a process is missing after two minutes.
+    """
     missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing and os.environ.get("WORLD_SIZE", "1") == "1":  # some schedulers set it for a single process too
         yield Process(device)
@@ -44,12 +57,23 @@ def process_group(device: torch.device) -> Iterator[Process]:
     if missing:
         advice = "start the program with torchrun, or unset WORLD_SIZE to run one process"
         raise UsageError("WORLD_SIZE", f"the environment has it without {', '.join(missing)}; {advice}")
-    # In an evaluation a process may wait long for one with harder images; if one dies, torchrun ends the others.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
-        yield Process(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=STARTING))  # type: ignore[attr-defined]
+        # Before any collective operation, whose timeout has to be longer: one that died while it started would stay hidden.
+        store.set(f"started/{rank}", "")
+        store.wait([f"started/{other}" for other in range(world_size)], STARTING)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        number = os.environ["WORLD_SIZE"]
+        raise UsageError(
+            "WORLD_SIZE", f"not all of the {number} processes started within {STARTING.seconds} s"
+        ) from error
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=MEETING)
+    _STORE.append(store)
+    yield Process(device, rank, world_size)
+    # Not after an exception: it would wait for what the others still do, and hide that this process is dead.
+    _STORE.clear()
+    dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:
@@ -69,10 +93,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process' own GPU, where torchrun started several on a machine and none is named."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    """This process' own GPU, where torchrun started several on a machine. Raises ValueError if one is named, or there are too few."""
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    rank, several = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    if device.index is not None:
+        if several:
+            raise ValueError(f"{device} for all of torchrun's processes: with --device=cuda each has a GPU of its own")
+        return device
+    count = torch.cuda.device_count()
+    if count == 1:  # the launcher lets each process see its own alone
+        rank = 0
+    if rank >= count:
+        raise ValueError(f"process {rank} of this machine has no GPU, {count} are visible: --nproc_per_node={count}")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
     return device
 
 
@@ -99,10 +134,21 @@ def barrier() -> None:
         dist.barrier()
 
 
+def wait_for_all() -> None:
+    """Wait for all processes, however long they take: a collective operation would end after `MEETING`."""
+    if not _STORE:
+        return
+    place = f"place{next(_PLACES)}"
+    _STORE[0].set(f"{place}/{dist.get_rank()}", "")
+    while not _STORE[0].check([f"{place}/{rank}" for rank in range(dist.get_world_size())]):
+        time.sleep(0.05)
+
+
 def all_gather(value: T) -> list[T]:
-    """Every process' value, any that pickle takes, by rank."""
+    """Every process' value, any that pickle takes, by rank; waits however long that takes."""
     if not dist.is_initialized():
         return [value]
+    wait_for_all()
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
@@ -135,8 +181,9 @@ def average_buffers(model: nn.Module) -> None:
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if buffers:
         flat = all_reduce_sum(torch.cat([buffer.flatten() for buffer in buffers])) / dist.get_world_size()
-        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+        means = flat.split([buffer.numel() for buffer in buffers])
+        shaped = [mean.view_as(buffer) for mean, buffer in zip(means, buffers, strict=True)]
+        torch._foreach_copy_(buffers, shaped)  # one launch
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
