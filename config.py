@@ -23,8 +23,11 @@ from attacks.results import ATTACKS, AttackPlan
 from attacks.threat import Threat, threats
 from data import DATASETS, Dataset, FolderSplit
 from models import ACTIVATIONS, Spec, build_model, find_network
+from models.from_file import NetworkFlags
 from models.networks import FINETUNE_LR, describe_networks
+from models.normalization import NORMALIZATIONS, Statistic, statistics
 from models.own_function import split_own_function
+from models.weights import check_size
 from utils.cli import (
     Parser,
     UsageError,
@@ -36,6 +39,7 @@ from utils.cli import (
     fraction,
     inside,
     kind_of,
+    name_or,
     non_negative_float,
     positive_int,
     text_or_nothing,
@@ -57,7 +61,8 @@ _radii, _steps, _runs, _seed = (
     between(0, 1000),
     between(0, 2**63 - 1),
 )
-MOST_WEIGHTS = 3 * 10**9  # of a network: training needs 16 bytes for each
+_mean = name_or(tuple(NORMALIZATIONS), between(-1e6, 1e6, several=True))
+_std = name_or(tuple(NORMALIZATIONS), inside(0.0, 1e6, several=True))
 LATEST = ""  # what --resume alone stands for: the newest run of this command
 
 
@@ -77,6 +82,10 @@ def networks() -> str:
 class Config:
     """Flags of both scripts."""
 
+    act: str | None = _net(None, "activation (the network's own: preact-resnet18 softplus1, wide-resnet relu; or the checkpoint's)", choices=ACTIVATIONS)
+    mean: Statistic = _net(None, "mean of each channel, which the network subtracts from images in [0, 1]: numbers, cifar10, cifar100 or imagenet (none, or the checkpoint's)", _mean)  # noqa: RUF009
+    std: Statistic = _net(None, "standard deviation of each channel, by which it then divides; likewise (that of --mean's name)", _std)  # noqa: RUF009
+    weights: str | None = _net(None, "of several networks' weights in a file those under a name with this word, such as ema (state_dict, model, ...)")
     model_dir: str = _net("./pretrained", "folder with, or for the download of, pretr_* and RB_* checkpoints (=)", resumable=True)
     data_dir: str = _data("./datasets", "folder with, or for the download of, CIFAR; for imagenet and imagefolder the one with train/ and val/ (=)", resumable=True)
     image_size: int | None = _data(None, "imagenet and imagefolder: height and width of the cropped images, in pixels (the network's, else 224)", between(1, 4096))
@@ -88,6 +97,11 @@ class Config:
     device: str = _run("auto", "auto, cpu, cuda, cuda:N or mps (=: the best there is)", resumable=True)
 
 
+    def network_flags(self) -> NetworkFlags:
+        """What they say of a network."""
+        return NetworkFlags(getattr(self, "arch", None), self.act, self.mean, self.std, self.weights)
+
+
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """Flags of train.py."""
@@ -95,7 +109,6 @@ class TrainConfig(Config):
     finetune_model: bool = _net(False, "start from --model_name instead of random weights (off)")
     model_name: str | None = _net(None, "network to fine-tune: a checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION (none)")
     arch: str | None = _net(None, networks)
-    act: str | None = _net(None, "activation (the network's own: preact-resnet18 softplus1, wide-resnet relu; or the checkpoint's)", choices=ACTIVATIONS)
     width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", between(1, 1024))
 
     dataset: str = _data("cifar10", "data set (=)", choices=DATASETS)
@@ -173,6 +186,7 @@ NO_ATTACK = "without an attack it has no meaning, add --attack=apgd"
 TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("finetune_model", lambda c: c.finetune_model and not c.model_name, "name the network to start from with --model_name"),
     ("model_name", lambda c: not c.finetune_model and c.model_name, "add --finetune_model to start from this network (training from scratch takes none)"),
+    ("weights", lambda c: not c.finetune_model and c.weights, "it says which weights to start from, add --finetune_model and --model_name"),
     ("width", lambda c: c.finetune_model and c.width, "a network to fine-tune has its own width, leave this flag out"),
     ("lr_no_decay", lambda c: c.finetune_model and c.lr_no_decay, "fine-tuning decays all parameters alike, leave this flag out"),
     ("multinorm", lambda c: not c.attack and c.multinorm, NO_ATTACK),
@@ -210,10 +224,12 @@ def mode_of(config: TrainConfig) -> str:
 
 
 def check(config: Any, rules: Rules) -> None:
-    """Raises UsageError for the first rule that is broken."""
+    """Raises UsageError for the first rule that is broken, and for an input normalisation that is none."""
     for name, wrong, advice in rules:
         if wrong(config):
             raise UsageError(f"--{name}", advice)
+    with blame("--mean"):
+        statistics(config.mean, config.std)
 
 
 def filled(config: AnyConfig, settings: Mapping[str, Any]) -> AnyConfig:
@@ -240,9 +256,7 @@ def _with_network(config: TrainConfig) -> TrainConfig:
     arch = config.arch or "preact-resnet18"
     if not split_own_function(arch):  # which is called when the data set is known
         with blame("--arch"), torch.device("meta"):
-            model = build_model(arch)
-            if sum(each.numel() for each in model.parameters()) > MOST_WEIGHTS:
-                raise ValueError(f"{arch} has more than {MOST_WEIGHTS:.0e} weights")
+            check_size(build_model(arch).state_dict())
     network = find_network(arch)
     if network and network.width is None and config.width:
         raise UsageError("--width", f"{arch} says its width itself, leave this flag out")

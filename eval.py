@@ -28,16 +28,17 @@ from torch import nn
 from attacks.network import Examples, Network
 from attacks.results import AttackPlan, table
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
-from data import Dataset, FolderSplit, Split, load_dataset
+from data import DATASETS, Dataset, FolderSplit, Split, load_dataset
 from evaluation.baseline import check_baseline, read_baseline
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
 from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields, upper_bounds
 from evaluation.storage import evaluation_folder
-from models.pretrained import Loaded, check_fits, load_model
+from models.from_file import Loaded
+from models.pretrained import check_fits, load_model
 from models.robustbench_zoo import published_preparation
 from utils.cli import UsageError, blame, one_line_end, usage_errors
-from utils.distributed import Process, choose_device, local_device, process_group, run_on_rank0
+from utils.distributed import Process, choose_device, local_device, print_on_rank0, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
 from utils.run_folder import environment, write_json
 from utils.signals import Signals
@@ -61,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
             check_amp(device, config.amp)
         set_up_torch(config.threads, tf32=False)
         with blame("--model_name"):
-            loaded = load_model(config.model_name or "", config.model_dir, config.dataset or "cifar10")
-        config = replace(config, dataset=config.dataset or loaded.about.get("dataset", "cifar10"))
+            loaded = load_model(
+                config.model_name or "", config.model_dir, config.dataset or "cifar10", config.network_flags()
+            )
+        config = replace(config, dataset=config.dataset or trained_on(loaded))
+        print_on_rank0(*loaded.notes)
         data, config = load_data(config, loaded)
         if baseline:
             with blame("--baseline"):
@@ -81,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         folders.append(folder)
         evaluate_and_report(config, data, model, process, folder, baseline)
         return folder
+
+
+def trained_on(loaded: Loaded) -> str:
+    """The data set that the checkpoint names, if it is one of ours; else cifar10."""
+    name = loaded.about.get("dataset", "cifar10")
+    if name in DATASETS:
+        return str(name)
+    print_on_rank0(f"its checkpoint names the data set {name!r}, which is none here: cifar10 is taken (--dataset)")
+    return "cifar10"
 
 
 def load_data(config: EvalConfig, loaded: Loaded) -> tuple[Dataset, EvalConfig]:

@@ -29,6 +29,7 @@ class NetworkSpec:
     ]  # build(*numbers, num_classes=, in_channels=, act=[, width=]); ValueError for bad numbers
     recognise: Callable[[StateDict], Spec | None]  # the spec, without act, that names and shapes tell; None: another's
     small: Spec  # the arguments of build_model for one that the tests can train in seconds
+    title: str = ""  # what papers call it (the name)
     act: str = "relu"  # activation
     width: int | None = None  # channels of the first stage; None: --width has no meaning
     finetune_lr: float = FINETUNE_LR  # peak learning rate for fine-tuning

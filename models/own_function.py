@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
-import runpy
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from models.own_project import ROOT, OwnProject
 
 OPTIONAL = ("num_classes", "in_channels")  # known from the data set; a function need not take them
 
@@ -31,14 +33,18 @@ def build_own_function(name: str, **kwargs: Any) -> nn.Module:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"there is no file {file} to take the function {function_name} from")
-    function = _located(file, lambda: runpy.run_path(path)).get(function_name)
+    project = OwnProject(file)
+    function = getattr(_located(file, project.load), function_name, None)
     if not callable(function):
         raise ValueError(f"{file} has no function {function_name}")
     arguments = _arguments(function, name, kwargs)
-    model = _located(file, lambda: function(**arguments))
+    with project:
+        model = _located(file, lambda: function(**arguments))
     if not isinstance(model, nn.Module):
         raise ValueError(f"{function_name} in {file} must return a torch.nn.Module, it returned {type(model).__name__}")
-    return model
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ValueError(f"{function_name} in {file} has lazy layers: run it on an image once before you return it")
+    return project.attach(model)
 
 
 def _arguments(function: Callable[..., Any], name: str, offered: dict[str, Any]) -> dict[str, Any]:
@@ -61,8 +67,18 @@ def _located(file: Path, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:  # whatever a user's code raises
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
-        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame
-        place = f"{file}, line {line}" if line else str(file)  # a function that the file imports is elsewhere
+        folder = file.resolve().parent
+        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):  # which has no frame where it is
+            places.append((error.filename or "", error.lineno))
+        inside = [(name, line) for name, line in places if _is_theirs(Path(name).resolve(), folder)]
+        name, line = inside[-1] if inside else (str(file), None)
+        shown = file if Path(name).resolve() == file.resolve() else Path(name)
+        place = f"{shown}, line {line}" if line else str(shown)
         raise ValueError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _is_theirs(place: Path, folder: Path) -> bool:
+    """Is it a file in the user's folder, and no part of this program or of an environment that lies there?"""
+    ours = place.is_relative_to(ROOT) and not folder.is_relative_to(ROOT)
+    return place.is_relative_to(folder) and not ours and "site-packages" not in place.parts

@@ -55,6 +55,7 @@ register_network(
         build=PreActResNet18,
         recognise=_recognise,
         small={"arch": "preact-resnet18", "width": 4},
+        title="PreAct ResNet-18",
         act="softplus1",
         width=64,
         finetune_lr=0.05,

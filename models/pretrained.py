@@ -6,7 +6,6 @@ import copy
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,131 +13,46 @@ import gdown
 import torch
 from torch import Tensor, nn
 
-from models.networks import NETWORKS, Spec, StateDict, build_known
-from models.own_function import build_own_function, split_own_function
-from models.robustbench_zoo import THREATS, load_robustbench
-from utils.checkpoint import load_tensors, state_dict_of
+from models.from_file import Loaded, NetworkFlags, from_file, normalization_of, rebuild
+from models.own_function import split_own_function
+from models.robustbench_zoo import load_robustbench, robustbench_spec
 from utils.run_folder import new_folder_or_nothing
 
 AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_Linf.pth, pretr_L2.pth, pretr_L1.pth
-UNUSED = "sub_block1."  # many published wide residual networks have a block beside block1 that no pass goes through
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A network with its weights, how to rebuild it, and what its checkpoint says of itself (empty for other files)."""
-
-    model: nn.Module
-    spec: Spec
-    about: dict[str, Any]
-
-
-def load_model(name: str, model_dir: str, dataset: str, act: str | None = None, arch: str | None = None) -> Loaded:
+def load_model(name: str, model_dir: str, dataset: str, flags: NetworkFlags = NetworkFlags()) -> Loaded:  # noqa: B008
     """The network called `name`: RB_{id}, RB_{id}_{Linf,L2}, FILE.py:FUNCTION, FILE.py:FUNCTION@CHECKPOINT, or a checkpoint's path.
 
     A checkpoint is looked for as given and in model_dir; `pretr_*` is downloaded to model_dir if missing. `dataset` tells which of
-    RobustBench's lists is meant, `act` the activation of a plain state dict (its name may say act=...; else softplus1, and relu of
-    wide residual networks). `arch`, if given, has to be the network that a checkpoint says or looks like. Raises ValueError that says what
-    to do.
+    RobustBench's lists is meant. For weights alone, names and shapes tell the network, `flags` or the file's name its activation (else
+    the network's own), `flags` or buffers in the file its input normalisation (else none); notes say it. What a checkpoint tells is not
+    changed by flags. Raises ValueError that says what to do.
     """
     function, checkpoint = split_own_function(name) or (None, None)
-    if arch and (function or name.startswith("RB_")):
-        raise ValueError(f"{name} has a network of its own; leave --arch={arch} out")
+    if flags.arch and (function or name.startswith("RB_")):
+        raise ValueError(f"{name} has a network of its own; leave --arch={flags.arch} out")
     if name.startswith("RB_"):
-        spec = _robustbench_spec(name, dataset)
+        _refuse(name, {"act": flags.act, "mean": flags.mean, "std": flags.std, "weights": flags.weights})
+        spec = robustbench_spec(name, dataset)
         model, spec["threat"] = load_robustbench(spec["model_id"], spec["threat"], dataset, Path(model_dir))
         return Loaded(model, spec, {})
     if function and not checkpoint:
-        return Loaded(build_own_function(function), {"arch": "function", "function": function}, {})
+        _refuse(name, {"act": flags.act, "weights": flags.weights})
+        spec = {"arch": "function", "function": function} | normalization_of(flags)
+        return Loaded(rebuild(spec, function), spec, {})
     path = Path(checkpoint) if checkpoint else _find_file(name, Path(model_dir))
     try:
-        return _from_file(path, dataset, act, arch, function)
+        return from_file(path, dataset, flags, function)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
 
 
-def rebuild(spec: Spec, name: str | None) -> nn.Module:
-    """The network that a spec tells, without its weights. Raises ValueError.
-
-    One that a function of the user's makes has to be what `name`, FILE.py:FUNCTION[@CHECKPOINT], says: a checkpoint alone never runs code.
-    """
-    if spec.get("arch") != "function":
-        return build_known(**spec)
-    own = split_own_function(name or "")
-    if own is None or own[0] != spec["function"]:
-        raise ValueError(f"its network comes from {spec['function']}, not from {name}")
-    arguments = ("num_classes", "in_channels", "act", "width")
-    return build_own_function(own[0], **{key: spec[key] for key in arguments if key in spec})
-
-
-def _robustbench_spec(name: str, dataset: str) -> Spec:
-    """What RB_{id} or RB_{id}_{Linf,L2} means; `threat` is None for the first."""
-    threat = next((threat for threat in THREATS if name.endswith(f"_{threat}")), None)
-    model_id = name.removeprefix("RB_").removesuffix(f"_{threat}")
-    return {"arch": "robustbench", "model_id": model_id, "threat": threat, "dataset": dataset}
-
-
-def _from_file(
-    path: Path, dataset: str, act: str | None = None, arch: str | None = None, function: str | None = None
-) -> Loaded:
-    """The network of a checkpoint or plain state dict; `function`: what makes it, called as the checkpoint's spec says."""
-    content = load_tensors(path)
-    state, spec = state_dict_of(content), _spec_in(content)
-    if function:
-        spec = (spec if spec.get("arch") == "function" else {}) | {"arch": "function", "function": function}
-    elif spec.get("arch") == "function":
-        own = spec["function"]
-        raise ValueError(f"its network comes from {own}; name both: --model_name='{own}@{path}'")
-    elif not spec:
-        spec = _spec_of_plain_file(path, state, dataset, act, arch)
-    elif act and act != spec.get("act", act):
-        raise ValueError(f"it was trained with --act={spec['act']}, not {act}")
-    if arch and arch != spec.get("arch"):
-        raise ValueError(f"its network is {spec.get('arch')}; leave --arch={arch} out")
-    model = rebuild(spec, function)
-    _load_weights(model, state)
-    return Loaded(model, spec, _about(content))
-
-
-def _spec_in(content: Any) -> Spec:
-    found = content.get("spec") if isinstance(content, dict) else None
-    return dict(found) if isinstance(found, dict) else {}
-
-
-def _about(content: Any) -> dict[str, Any]:
-    keys = ("dataset", "image_size", "epoch", "threats") if isinstance(content, dict) else ()
-    return {key: content[key] for key in keys if key in content}
-
-
-def _spec_of_plain_file(path: Path, state: StateDict, dataset: str, act: str | None, arch: str | None) -> Spec:
-    """The network of a state dict that says nothing of itself: names and shapes tell which of ours and its sizes.
-
-    A run of the authors' may tell by its name the activation or, unless `arch` does, a network of RobustBench's (`act=...`, `fts=RB_...`).
-    """
-    told = dict(re.findall(r"(act|fts)=([\w.-]+)", f"{path.parent.name} {path.name}"))
-    if not arch and told.get("fts", "").startswith("RB_"):
-        spec = _robustbench_spec(told["fts"], dataset)
-        return spec | {"threat": spec["threat"] or "Linf"}
-    for network in NETWORKS.values():
-        if found := network.recognise(state):
-            return found | {"act": act or told.get("act") or network.act}
-    raise ValueError(
-        f"it is a checkpoint of another network than {' and '.join(NETWORKS)}; take RobustBench's as RB_{{id}}, "
-        "build others with FILE.py:FUNCTION@CHECKPOINT"
-    )
-
-
-def _load_weights(model: nn.Module, state: StateDict) -> None:
-    own = model.state_dict()
-    # PyTorch before 0.4.1 did not count BatchNorm's batches, and nothing here asks for the number.
-    counts = {name: count for name, count in own.items() if name.endswith("num_batches_tracked")}
-    state = counts | {name: tensor for name, tensor in state.items() if name in own or not name.startswith(UNUSED)}
-    shapes, expected = ({name: each.shape for name, each in both.items()} for both in (state, own))
-    if odd := sorted({name for name, _ in shapes.items() ^ expected.items()}):
-        differ = f"{len(odd)} of {len(own)} names or shapes differ, the first {odd[0]}"
-        raise ValueError(f"it is a checkpoint of another network: {differ}")
-    model.load_state_dict(state)
+def _refuse(name: str, given: dict[str, Any]) -> None:
+    """Raises ValueError if a flag is given that can't change this network."""
+    if refused := [f"--{key}" for key, value in given.items() if value is not None]:
+        raise ValueError(f"{name} says that itself; leave {' and '.join(refused)} out")
 
 
 def _find_file(name: str, model_dir: Path) -> Path:
@@ -165,7 +79,7 @@ def download_authors_file(file_name: str, model_dir: Path) -> None:
         with new_folder_or_nothing(model_dir), tempfile.TemporaryDirectory(dir=model_dir) as part:
             path = Path(part) / file_name
             gdown.download(id=file_id, output=str(path), quiet=False)
-            _from_file(path, "cifar10")
+            from_file(path, "cifar10")
             shutil.move(path, model_dir / file_name)
     except Exception as error:  # gdown raises whatever its parsers and sockets do
         raise ValueError(

@@ -23,6 +23,13 @@ THREATS = ("Linf", "L2")
 DATASETS = ("cifar10", "cifar100", "imagenet")
 
 
+def robustbench_spec(name: str, dataset: str) -> dict[str, Any]:
+    """What RB_{id} or RB_{id}_{Linf,L2} means; `threat` is None for the first."""
+    threat = next((threat for threat in THREATS if name.endswith(f"_{threat}")), None)
+    model_id = name.removeprefix("RB_").removesuffix(f"_{threat}")
+    return {"arch": "robustbench", "model_id": model_id, "threat": threat, "dataset": dataset}
+
+
 def load_robustbench(model_id: str, threat: str | None, dataset: str, model_dir: Path) -> tuple[nn.Module, str]:
     """The network `model_id` with its published weights, and the threat it was found under (Linf is looked up before L2).
 

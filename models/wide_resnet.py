@@ -69,5 +69,6 @@ register_network(
         build=WideResNet,
         recognise=_recognise,
         small={"arch": "wide-resnet-10-1"},
+        title="wide residual network",
     )
 )

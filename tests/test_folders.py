@@ -343,12 +343,11 @@ def test_fine_tuning_on_a_folder_is_killed_and_goes_on(command: list[str], folde
 def test_a_checkpoint_tells_data_set_and_image_size(
     command: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models import build_model, pretrained
+    from models import build_model
 
     spec = {"arch": "preact-resnet18", "num_classes": 3, "width": 4}
     content = {"spec": spec, "state_dict": build_model(**spec).state_dict(), "epoch": 1, "dataset": "imagefolder"}
     torch.save(content | {"image_size": SIZE}, "ep_1.pth")
-    monkeypatch.setattr(pretrained, "_about", lambda content: {k: content[k] for k in ("dataset", "image_size")})
     results = eval_script.main([f"--data_dir={folder}", "--model_name=ep_1.pth", "--only_clean", "--device=cpu"])
     assert json.loads((results / "eval.json").read_text())["settings"]["image_size"] == SIZE
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import eval as eval_script
 import train
 from models import NETWORKS, NetworkSpec, build_model, find_network, new_spec, register_network
+from models.from_file import rebuild
 from models.networks import describe_networks
-from models.pretrained import load_model, rebuild
+from models.pretrained import load_model
 from utils.checkpoint import load_tensors
 
 SIZES = {"num_classes": 7, "in_channels": 1}

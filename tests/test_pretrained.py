@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from models import build_model, pretrained
+from models.from_file import NetworkFlags
 from models.pretrained import load_model
 from utils.checkpoint import load_tensors, save_atomic
 
@@ -51,7 +52,7 @@ def test_the_authors_run_names_tell_the_activation(network, tmp_path: Path) -> N
     folder.mkdir()
     torch.save(network.state_dict(), folder / "ep_3.pth")
     assert load_model(f"{folder}/ep_3.pth", ".", "cifar10").spec["act"] == "relu"
-    assert load_model(f"{folder}/ep_3.pth", ".", "cifar10", act="silu").spec["act"] == "silu"
+    assert load_model(f"{folder}/ep_3.pth", ".", "cifar10", NetworkFlags(act="silu")).spec["act"] == "silu"
 
 
 @pytest.fixture

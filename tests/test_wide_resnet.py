@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model, robustbench_zoo
+from models.from_file import NetworkFlags
 from models.preact_resnet import ACTIVATIONS
 from models.pretrained import load_model
 
@@ -124,13 +125,13 @@ def test_published_files_tell_their_network(
     theirs = independent(depth=16, widen_factor=2, num_classes=100, sub_block1=sub_block1)
     torch.save(wrap(theirs.state_dict()), tmp_path / "net.pt")
     for arch in (None, "wide-resnet-16-2"):
-        loaded = load_model("net.pt", str(tmp_path), "cifar100", arch=arch)
+        loaded = load_model("net.pt", str(tmp_path), "cifar100", NetworkFlags(arch=arch))
         assert loaded.spec == {"arch": "wide-resnet-16-2", "num_classes": 100, "in_channels": 3, "act": "relu"}
         with torch.no_grad():
             torch.testing.assert_close(loaded.model.eval()(IMAGES), theirs(IMAGES), rtol=1e-5, atol=1e-5)
-    assert load_model("net.pt", str(tmp_path), "cifar100", act="silu").spec["act"] == "silu"
+    assert load_model("net.pt", str(tmp_path), "cifar100", NetworkFlags(act="silu")).spec["act"] == "silu"
     with pytest.raises(ValueError, match=r"net\.pt: its network is wide-resnet-16-2; leave --arch=preact-resnet18 out"):
-        load_model("net.pt", str(tmp_path), "cifar100", arch="preact-resnet18")
+        load_model("net.pt", str(tmp_path), "cifar100", NetworkFlags(arch="preact-resnet18"))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from torch import nn
 
 from config import LATEST, TrainConfig, config_from_json, resumed, run_name, same_command
 from data import Dataset, load_dataset, load_extra
-from models import Spec, build_model, new_spec
-from models.pretrained import check_fits, check_one_point, load_model, rebuild
+from models import Spec, new_spec
+from models.from_file import normalization_of, rebuild
+from models.pretrained import check_fits, check_one_point, load_model
 from models.robustbench_zoo import published_preparation
 from utils.cli import blame
+from utils.distributed import print_on_rank0
 from utils.modules import eval_mode
 from utils.resume import (
     ResumePoint,
@@ -86,8 +88,9 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
             model = rebuild(spec, config.model_name or config.arch)
     elif config.finetune_model:
         with blame("--model_name"):
-            loaded = load_model(config.model_name or "", config.model_dir, config.dataset, config.act, config.arch)
+            loaded = load_model(config.model_name or "", config.model_dir, config.dataset, config.network_flags())
         model, spec, about = loaded.model, loaded.spec, loaded.about
+        print_on_rank0(*loaded.notes)
     size = config.image_size or about.get("image_size")
     with blame("--data_dir"):
         dataset = load_dataset(config.dataset, config.data_dir, size or 224, published_preparation(spec, size))
@@ -96,9 +99,10 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
             dataset = replace(dataset, extra=load_extra(config.extra_data, dataset))
     if model is None:
         arch, sizes = config.arch or "", {"num_classes": dataset.num_classes, "in_channels": dataset.shape[0]}
-        spec = new_spec(arch, **sizes, act=config.act, width=config.width)
+        normalization = normalization_of(config.network_flags())
+        spec = new_spec(arch, **sizes, act=config.act, width=config.width, **normalization)
         with blame("--arch"):
-            model = build_model(arch, **sizes, act=config.act, width=config.width)
+            model = rebuild(spec, arch)
     return dataset, model, spec
 
 

@@ -206,6 +206,18 @@ def inside(low: float, high: float, several: bool = False) -> Number:
     return Number(low, high, ends=False, several=several)
 
 
+def name_or(names: Sequence[str], numbers: Number) -> Callable[[str], Any]:
+    """argparse's type of a name among these, or of numbers."""
+
+    def parse(text: str) -> Any:
+        try:
+            return text if text in names else numbers(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; or one of {' '.join(names)}") from None
+
+    return parse
+
+
 # For numbers without a limit of their own; beyond these they are a slip.
 positive_int, non_negative_int = between(1, 10**9), between(0, 10**9)
 positive_float, non_negative_float, fraction = inside(0.0, 1e12), between(0.0, 1e12), inside(0.0, 1.0)

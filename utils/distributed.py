@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.cli import UsageError
+from utils.text import printable
 
 T = TypeVar("T")
 
@@ -126,6 +127,13 @@ def run_on_rank0(function: Callable[[], T]) -> T:
         raise box[1]
     value: T = box[0]
     return value
+
+
+def print_on_rank0(*lines: str) -> None:
+    """Print the lines, if this is rank 0; before there is a process group, too."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(printable(line, 1000), flush=True)
 
 
 def barrier() -> None:
