@@ -45,6 +45,7 @@ from utils.cli import (
     text_or_nothing,
     words,
 )
+from utils.image_files import CLASS_ORDERS, ClassOrder
 from utils.precision import AMPS, Amp
 from utils.schedules import lr_schedule
 from utils.text import printable
@@ -89,6 +90,7 @@ class Config:
     model_dir: str = _net("./pretrained", "folder with, or for the download of, pretr_* and RB_* checkpoints (=)", resumable=True)
     data_dir: str = _data("./datasets", "folder with, or for the download of, CIFAR; for imagenet and imagefolder the one with train/ and val/ (=)", resumable=True)
     image_size: int | None = _data(None, "imagenet and imagefolder: height and width of the cropped images, in pixels (the network's, else 224)", between(1, 4096))
+    class_order: ClassOrder = _data("name", "imagenet and imagefolder: classes by the name of their folders, 0 1 10 2, or as numbers: name, numeric (=)", choices=CLASS_ORDERS)  # noqa: RUF009
     l_eps: tuple[float, ...] | None = _attack(None, "radius for each norm, for pixels in [0, 1], fractions allowed: '8/255 12' (the data set's)", _radii)
     batch_size_eval: int = _eval(250, "images attacked at once in an evaluation (=)", _batch, resumable=True)
     amp: Amp = _run("off", "bf16 or fp16 (CUDA only): forward passes under autocast; eval.py verifies adversarial examples in float32 (=: float32)", choices=AMPS)  # noqa: RUF009
@@ -113,6 +115,7 @@ class TrainConfig(Config):
 
     dataset: str = _data("cifar10", "data set (=)", choices=DATASETS)
     workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", between(1, 256), resumable=True)
+    check_images: bool = _data(False, "read every image file before training: one that can't be read is found now, not in hours (off)", resumable=True)
     n_ex_train: int | None = _data(None, "train on the first N examples (all)", positive_int)
     extra_data: str | None = _data(None, "more training images: uncompressed npz with image and label, or Carmon et al.'s pickle (none)", resumable="same content")
     extra_fraction: float | None = _data(None, "fraction of each mini-batch that is --extra_data; an epoch stays one pass over the data set's own images (0.5)", fraction)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.arrays import load_arrays
 from utils.distributed import ALONE, Process, all_gather
+from utils.image_files import ClassOrder, ImageError, classes_in_words, images_by_class, read_image
 from utils.modules import generator
 from utils.run_folder import new_folder_or_nothing
-from utils.workers import load_ahead
+from utils.workers import WorkerPool
 
 CPU = torch.device("cpu")
 
@@ -96,21 +99,41 @@ class FolderSplit:
         shares = all_gather(self._images(self.files[process.rank :: process.world_size]))
         images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
         for rank, share in enumerate(shares):
-            if isinstance(share, ValueError):
+            if isinstance(share, ImageError):
                 raise share
             images[rank :: process.world_size] = share
         return Split(images, self.labels, self.levels, padding=0, flip=False)
 
-    def _images(self, files: list[str]) -> Tensor | ValueError:
+    def _images(self, files: list[str]) -> Tensor | ImageError:
         """Those of the files, (B, C, H, W), or the first error."""
         images = torch.empty(len(files), *self.shape, dtype=torch.uint8)
         try:
             with ThreadPoolExecutor(_cores()) as threads:
                 for i, image in enumerate(threads.map(lambda file: _read_image(file, self.prepare), files)):
                     images[i] = image
-        except ValueError as error:
+        except ImageError as error:
             return error
         return images
+
+    def check(self, process: Process = ALONE) -> None:
+        """Read every file, each process a share, with a bar. Raises ImageError, on all processes, that names one that can't be read."""
+        mine = self.files[process.rank :: process.world_size]
+        failed: list[ImageError] = []
+
+        def tried(file: str) -> None:
+            try:
+                read_image(file)
+            except ImageError as error:
+                failed.append(error)
+
+        with ThreadPoolExecutor(_cores()) as threads:
+            shown = None if process.is_rank0 else True
+            for _ in tqdm(threads.map(tried, mine), "reading all images", len(mine), leave=False, disable=shown):
+                pass
+        everywhere = [error for part in all_gather(failed) for error in part]
+        if everywhere:
+            more = f" (and {len(everywhere) - 1} other files)" if len(everywhere) > 1 else ""
+            raise ImageError(f"{everywhere[0]}{more}")
 
     def pixels(self) -> tuple[Tensor, Tensor]:
         """The same as float32 in [0, 1], (N, 3, H, W), and labels (N,)."""
@@ -176,6 +199,7 @@ class Dataset:
     test: Split | FolderSplit
     class_names: tuple[str, ...]
     extra: Extra | None = None
+    notes: tuple[str, ...] = ()  # what users should know, a line each
 
     @property
     def num_classes(self) -> int:
@@ -202,15 +226,17 @@ class DatasetSpec:
     width: int | None = None  # channels of the first stage of a network from scratch (None: the network's own default)
 
 
-def load_dataset(name: str, data_dir: str, image_size: int = 224, prepare: Transform | None = None) -> Dataset:
+def load_dataset(
+    name: str, data_dir: str, image_size: int = 224, prepare: Transform | None = None, class_order: ClassOrder = "name"
+) -> Dataset:
     """The data set called `name`. Raises ValueError that says what to do if it can't be had.
 
     data_dir: the folder that has it, or to which it is downloaded. image_size: height and width of images that are files, in pixels;
-    prepare: how test images are made of files (left out: resized to 8/7 of image_size, cut at the centre).
+    prepare: how test images are made of files (left out: resized to 8/7 of image_size, cut at the centre); class_order: of folders.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose {' or '.join(DATASETS)}")
-    return DATASETS[name].load(name, Path(data_dir), image_size, prepare)
+    return DATASETS[name].load(name, Path(data_dir), image_size, prepare, class_order)
 
 
 def _load_cifar(name: str, data_dir: Path, *_: object) -> Dataset:
@@ -256,31 +282,43 @@ def _load_digits(*_: object) -> Dataset:
     return Dataset("digits", split(train), split(test), tuple("0123456789"))
 
 
-def _load_folders(name: str, data_dir: Path, size: int, prepare: Transform | None) -> Dataset:
-    """Images in data_dir/{train,val}/CLASS, made RGB; classes in alphabetical order, examples in a random one that is always the same."""
-    from torchvision.datasets import ImageFolder
+def _load_folders(name: str, data_dir: Path, size: int, prepare: Transform | None, order: ClassOrder) -> Dataset:
+    """Images in data_dir/{train,val}/CLASS, made RGB; examples in a random order that is always the same.
+
+    Without train/ it has no training images.
+    """
     from torchvision.transforms import v2
 
+    parts = [part for part in ("train", "val") if (data_dir / part).is_dir() or part == "val"]
     try:
-        train, val = (ImageFolder(str(data_dir / part)) for part in ("train", "val"))
-    except OSError as error:
-        layout = "train/CLASS/*.jpg and val/CLASS/*.jpg in the folder that --data_dir names"
+        files = {part: images_by_class(data_dir / part, order) for part in parts}
+    except (OSError, ValueError) as error:
+        layout = "train/CLASS/*.jpg and val/CLASS/*.jpg (to evaluate, val/ alone) in the folder that --data_dir names"
         raise ValueError(f"{error}; {name} is read from {layout}, and never downloaded") from error
-    if odd := sorted({*train.classes} ^ {*val.classes}):
-        shown = ", ".join(f"{word} (only in {'train' if word in train.classes else 'val'})" for word in odd[:3])
-        differ = f"{len(odd)} differ, such as {shown}"
-        raise ValueError(f"train and val in --data_dir={data_dir} must have the same classes; {differ}")
+    _check_same_classes(data_dir, [*files[parts[0]]], [*files["val"]])
     if prepare is None:
         prepare = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size)])
     else:
         size = prepare(Image.new("RGB", (size, size))).width
 
-    def split(part: ImageFolder) -> FolderSplit:
-        labels = torch.tensor(part.targets)
+    def split(found: dict[str, list[str]]) -> FolderSplit:
+        labels = torch.arange(len(found)).repeat_interleave(torch.tensor([len(images) for images in found.values()]))
         order = _fixed_order(labels)
-        return FolderSplit([part.samples[i][0] for i in order.tolist()], labels[order], size, prepare)
+        samples = [file for images in found.values() for file in images]
+        return FolderSplit([samples[i] for i in order.tolist()], labels[order], size, prepare)
 
-    return Dataset(name, split(train), split(val), tuple(train.classes))
+    val = split(files["val"])
+    train = split(files["train"]) if "train" in files else val.take(0)
+    classes = tuple(files["val"])
+    return Dataset(name, train, val, classes, notes=(classes_in_words(classes, order),))
+
+
+def _check_same_classes(data_dir: Path, train: list[str], val: list[str]) -> None:
+    """Raises ValueError unless train/ and val/ have the same."""
+    if odd := sorted({*train} ^ {*val}):
+        shown = ", ".join(f"{word} (only in {'train' if word in train else 'val'})" for word in odd[:3])
+        differ = f"{len(odd)} differ, such as {shown}"
+        raise ValueError(f"train and val in --data_dir={data_dir} must have the same classes; {differ}")
 
 
 def _fixed_order(labels: Tensor) -> Tensor:
@@ -413,33 +451,58 @@ class BatchLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The mini-batches of an epoch from number `start` on. Raises ValueError that names a file that holds no image."""
-        batches, numbers = ShardedBatches(self, epoch), range(start, len(self))
+        wanted = [(epoch, number) for number in range(start, len(self))]
+        for found in self.pool.load(wanted) if self.pool else map(self.batches.__getitem__, wanted):
+            if isinstance(found, ImageError):
+                raise found
+            images, labels = found
+            x = images.to(self.device, non_blocking=True).float() / self.split.levels
+            yield x, labels.to(self.device, non_blocking=True)
+
+    @cached_property
+    def batches(self) -> ShardedBatches:
+        """What worker processes index."""
+        return ShardedBatches(self.split, self.batch_size, self.seed, self.rank, self.world_size)
+
+    @cached_property
+    def pool(self) -> WorkerPool | None:
+        """The worker processes, which stay from epoch to epoch; None if there is nothing for them to do."""
         if isinstance(self.split, FolderSplit):
             workers = min(8, _cores()) if self.workers is None else self.workers
         else:
             standard = self.split.standard if isinstance(self.split, Mixed) else self.split
             workers = int(standard.images.device.type != self.device.type)
-        found = load_ahead(batches, numbers, workers, self.device) if workers else map(batches.__getitem__, numbers)
-        for images, labels in found:
-            x = images.to(self.device, non_blocking=True).float() / self.split.levels
-            yield x, labels.to(self.device, non_blocking=True)
+        return WorkerPool(self.batches, workers, self.device) if workers else None
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self.pool:
+            self.pool.close()
 
 
-class ShardedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """This process' part of each mini-batch of an epoch, as uint8, by the batch's number; worker processes index it."""
+@dataclass
+class ShardedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor] | ImageError]):
+    """A process' part of each mini-batch, as uint8, by (epoch, number); or the error, as a worker's traceback is not for users."""
 
-    def __init__(self, loader: BatchLoader, epoch: int) -> None:
-        self.loader, self.examples = loader, loader.split.shuffled(loader.seed, epoch)
+    split: TrainingSplit
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+    current: tuple[int, ShuffledTensors | ShuffledFiles | ShuffledMix] | None = None  # the last epoch asked for
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        loader, start = self.loader, number * self.loader.batch_size
+    def __getitem__(self, which: tuple[int, int]) -> tuple[Tensor, Tensor] | ImageError:
+        epoch, number = which
+        if self.current is None or self.current[0] != epoch:
+            self.current = epoch, self.split.shuffled(self.seed, epoch)
         # As torch.tensor_split does it: the first `larger` parts have one example more.
-        size, larger = divmod(loader.num_examples(number), loader.world_size)
-        start += loader.rank * size + min(loader.rank, larger)
-        return self.examples[start : start + size + (loader.rank < larger)]
+        num_examples = min(self.batch_size, len(self.split) - number * self.batch_size)
+        size, larger = divmod(num_examples, self.world_size)
+        start = number * self.batch_size + self.rank * size + min(self.rank, larger)
+        try:
+            return self.current[1][start : start + size + (self.rank < larger)]
+        except ImageError as error:
+            return error
 
 
 class ShuffledTensors:
@@ -519,15 +582,10 @@ def _cores() -> int:
 
 
 def _read_image(file: str, transform: Transform) -> Tensor:
-    """The image in a file as RGB, transformed: (3, H, W) uint8. Raises ValueError that names the file if it holds none."""
-    from torchvision.datasets.folder import default_loader
+    """The image in a file as RGB, transformed: (3, H, W) uint8. Raises ImageError that names the file if it holds none."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    try:
-        image = default_loader(file)
-    except Exception as error:  # whatever the decoders raise, the file is what is wrong
-        raise ValueError(f"{file} can't be read as an image: {error}") from error
-    pixels: Tensor = pil_to_tensor(transform(image))
+    pixels: Tensor = pil_to_tensor(transform(read_image(file)))
     return pixels
 
 

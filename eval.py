@@ -102,8 +102,10 @@ def load_data(config: EvalConfig, loaded: Loaded) -> tuple[Dataset, EvalConfig]:
     with blame("--l_eps"):
         threats = [] if config.only_clean else threats_of(dataset, config.l_norms, config.l_eps)
     with blame("--data_dir"):
-        data = load_dataset(dataset, config.data_dir, size or 224, published_preparation(loaded.spec, size))
+        preparation = published_preparation(loaded.spec, size)
+        data = load_dataset(dataset, config.data_dir, size or 224, preparation, config.class_order)
     of_files = isinstance(data.test, FolderSplit)
+    print_on_rank0(*data.notes)
     if config.image_size and not of_files:
         raise UsageError("--image_size", f"the images of {dataset} have one size, leave this flag out")
     if config.n_ex and config.n_ex > len(data.test):

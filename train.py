@@ -43,14 +43,16 @@ from config import (
 from training.evaluation import final_evaluation, quick_evaluation
 from training.metrics import HEADER, chance_warning, console_line, constant_loss, per_threat_sums
 from training.optim import set_lr
-from training.start import check_model, configured, load, new_run, resumed_run, run_to_resume
+from training.start import check_images, check_model, configured, load, new_run, resumed_run, run_to_resume
 from training.trainer import MicroBatches, Trainer
 from utils.checkpoint import NonFiniteError, check_finite, load_tensors, save_atomic, state_files
-from utils.cli import blame, usage_errors
+from utils.cli import UsageError, blame, described, usage_errors
 from utils.distributed import barrier, choose_device, local_device, process_group, run_on_rank0
+from utils.image_files import ImageError
 from utils.precision import check_amp, set_up_torch
 from utils.run_folder import append_json_line, environment, flat, json_lines
 from utils.signals import Interrupted, Signals
+from utils.text import printable
 
 
 def train_epoch(trainer: Trainer) -> None:
@@ -157,7 +159,7 @@ def train(trainer: Trainer) -> None:
 
 
 def train_or_say_how_to_resume(trainer: Trainer) -> None:
-    """`train`, with errors as one line: exit code 143 or 130 after SIGTERM or SIGINT, 1 for a full disk or a loss that is not finite."""
+    """`train`; what ends it early is one line: exit code 143 or 130 after SIGTERM or SIGINT, else 1. A traceback goes to error.txt."""
     how = resume_command(trainer)
     try:
         if trainer.epoch == trainer.step == 0:
@@ -175,12 +177,11 @@ def train_or_say_how_to_resume(trainer: Trainer) -> None:
         sys.exit(end.code)
     except NonFiniteError as error:
         sys.exit(f"train.py: {error}; {last_state(trainer.folder)}. Try a lower --lr-max, or --grad_clip")
-    except OSError as error:
-        sys.exit(f"train.py: {error}; {last_state(trainer.folder)}; with room on the disk {how}")
-    except RuntimeError:
-        if trainer.process.world_size > 1:  # most often: another process ended
-            print(f"train.py: {last_state(trainer.folder)}; {how}", file=sys.stderr)
+    except UsageError:
         raise
+    except Exception as error:  # of several processes most often: another one ended
+        what = str(error) if isinstance(error, ImageError) else described(error, trainer.folder)
+        sys.exit(f"train.py: {printable(' '.join(what.split()), 1000)}; {last_state(trainer.folder)}; {how}")
     if trainer.process.is_rank0:
         print(f"saved {trainer.folder / f'ep_{trainer.config.epochs}.pth'}")
 
@@ -227,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         dataset, model, spec = load(config, state)
         config = completed(config, spec, dataset)
         check_model(config, model.to(device), dataset)
+        if config.check_images:
+            check_images(dataset, process)
         check_processes(config, process.world_size)
         trainer = Trainer(config, dataset, (model, spec), process, signals)
         env = environment(device, argv) | {"processes": process.world_size}
@@ -239,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 )
             )
         trainer.store_in(folder)
+        stack.callback(trainer.loader.close)
         if state:
             trainer.restore(state)
         if process.is_rank0:

@@ -10,6 +10,7 @@ from typing import Any
 from utils.run_folder import read_json
 
 SAME = ("dataset", "n_ex", "image_size", "class_order")  # settings that tell which images
+EARLIER = {"class_order": "name"}  # of versions that did not say it
 LARGEST = 2**30  # bytes; an evaluation of a million images has less
 
 
@@ -44,7 +45,7 @@ def _check_settings(path: str, there: Mapping[str, Any], settings: Mapping[str, 
     if (there.get("dataset"), there.get("n_ex")) != (dataset, n):
         raise ValueError(f"{path} is not an evaluation of {n} test images of {dataset}")
     for name in SAME:
-        if there.get(name) != settings.get(name):
+        if there.get(name, EARLIER.get(name)) != settings.get(name):
             raise ValueError(f"{path}: its {name} is {there.get(name)}, here it is {settings.get(name)}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import os
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from attacks.network import Examples
 from attacks.threat import Threat
+from utils.checkpoint import UNSUPPORTED, sync
 
 
 class ImageFile:
@@ -49,7 +49,7 @@ class ImageFile:
                 for index in torch.arange(self.shape[0]).split(1000):
                     file.write(self.examples.x(index).numpy().astype("<f4", copy=False).tobytes())
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             part.replace(self.path)
         finally:
             part.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class ImageFile:
     def sync(self) -> None:
         """Wait until what was written is on the disk. Raises OSError."""
         if self.file:
-            os.fsync(self.file.fileno())
+            sync(self.file.fileno())
 
     def close(self) -> None:
         """Close it, if it is open."""
@@ -93,7 +93,7 @@ def allocate(file: int, size: int) -> None:
         try:
             os.posix_fallocate(file, 0, size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems that cannot
+            if error.errno not in UNSUPPORTED:
                 raise
 
 

@@ -99,40 +99,65 @@ def _plain(path: Path, found: list[Weights], dataset: str, flags: NetworkFlags) 
         weights, places = match(model, found)
         load_weights(model, weights.state)
         return Loaded(model, spec, {}, _several(path, places))
-    known = [(each, spec, pair) for weights in found for each, spec, pair in _recognized(weights)]
+    known = [each for weights in found for each in _recognized(weights)]
     if not known:
         raise ValueError(
             f"it is a checkpoint of another network than {' and '.join(NETWORKS)}; take RobustBench's as RB_{{id}}, "
             "build others with FILE.py:FUNCTION@CHECKPOINT"
         )
-    fitting = [found for found in known if not different(_shapes(found[1]), found[0].state)] or known[:1]
-    weights, spec, pair = fitting[0]
-    network = find_network(spec["arch"])
+    fitting = [each for each in known if not different(_shapes(each.spec), each.weights.state)] or known[:1]
+    spec = _completed(fitting[0], flags, told)
+    model = _built(spec, None)
+    load_weights(model.model if isinstance(model, Normalized) else model, fitting[0].weights.state)
+    return Loaded(
+        model,
+        spec,
+        {},
+        (*_assumed(path, spec, fitting[0].weights), *_several(path, [each.weights.place for each in fitting])),
+    )
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """Weights without what stands before their names, the network of ours that they are of, and the input normalisation among them."""
+
+    weights: Weights
+    spec: Spec
+    normalization: tuple[list[float], list[float]] | None
+
+
+def _completed(found: Recognized, flags: NetworkFlags, told: dict[str, str]) -> Spec:
+    """Its spec, with activation and normalisation by the flags, the file's name, the file, or the network's own. Raises ValueError."""
+    network = find_network(found.spec["arch"])
     assert network is not None
-    spec |= {"act": flags.act or told.get("act") or network.act}
-    spec |= normalization_of(flags) or ({"mean": pair[0], "std": pair[1]} if pair else {})
+    spec = found.spec | {"act": flags.act or told.get("act") or network.act}
     if flags.arch and flags.arch != spec["arch"]:
         raise ValueError(f"its network is {spec['arch']}; leave --arch={flags.arch} out")
-    model = _built(spec, None)
-    inner = model.model if isinstance(model, Normalized) else model
-    load_weights(inner, weights.state)
+    mean, std = found.normalization or (None, None)
+    return spec | (normalization_of(flags) or normalization_of(NetworkFlags(mean=mean, std=std)))
+
+
+def _assumed(path: Path, spec: Spec, weights: Weights) -> list[str]:
+    """What to say of weights alone."""
+    network = find_network(spec["arch"])
+    assert network is not None
     mean, std = (" ".join(f"{value:.4g}" for value in spec.get(key, ())) for key in ("mean", "std"))
     normalization = f"input normalisation with mean {mean} and std {std}" if mean else "no input normalisation"
-    note = f"{path} holds weights alone: taken for a {network.title or network.name}, {spec['act']}, {normalization}"
-    notes = [f"{note} (--act, --mean and --std say otherwise)"]
+    title = network.title or network.name
+    notes = [f"{path} holds weights alone: taken for a {title}, {spec['act']}, {normalization} (--act, --mean, --std)"]
     if weights.others:
         notes.append(f"{path}: left out are {', '.join(weights.others[:5])}{' ...' * (len(weights.others) > 5)}")
-    return Loaded(model, spec, {}, (*notes, *_several(path, [each.place for each, *_ in fitting])))
+    return notes
 
 
-def _recognized(weights: Weights) -> list[tuple[Weights, Spec, tuple[list[float], list[float]] | None]]:
-    """The weights without what stands before their names, the network they are of, and the input normalisation in them; at most one."""
+def _recognized(weights: Weights) -> list[Recognized]:
+    """The network of ours that the weights are of, at most one."""
     state, pair = normalization_in(weights.state)
     for each in prefixes(replace(weights, state=state)):
         for network in NETWORKS.values():
             with suppress(ValueError, IndexError, TypeError):  # names of ours with other shapes
                 if spec := network.recognise(each.state):
-                    return [(each, dict(spec), pair)]
+                    return [Recognized(each, dict(spec), pair)]
     return []
 
 
@@ -163,16 +188,21 @@ def _built(spec: Spec, function: str | None) -> nn.Module:
         arguments = ("num_classes", "in_channels", "act", "width")
         model = build_own_function(function or "", **{key: inner[key] for key in arguments if key in inner})
     else:
-        try:
-            if find_network(str(inner.get("arch"))):
-                check_size(_shapes(inner))
-            model = build_known(**inner)
-        except (TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError) as error:
-            raise ValueError(f"what it says of its network fits none here: {' '.join(str(error).split())}") from error
+        model = _known(inner)
     try:
         return normalized(model, spec.get("mean"), spec.get("std"))
     except (TypeError, LookupError) as error:
         raise ValueError(f"it says no mean and standard deviation: {error}") from error
+
+
+def _known(spec: Spec) -> nn.Module:
+    """A network of ours or RobustBench's. Raises ValueError."""
+    try:
+        if find_network(str(spec.get("arch"))):
+            check_size(_shapes(spec))
+        return build_known(**spec)
+    except (TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError) as error:
+        raise ValueError(f"what it says of its network fits none here: {' '.join(str(error).split())}") from error
 
 
 def _shapes(spec: Spec) -> StateDict:

@@ -41,17 +41,21 @@ def statistics(mean: Statistic, std: Statistic) -> tuple[tuple[float, ...], tupl
     """
     if mean is None and std is None:
         return None
-    named = [each for each in (mean, std) if isinstance(each, str)]
-    mean, std = ([*named, None][0] if each is None else each for each in (mean, std))
+    name = next((each for each in (mean, std) if isinstance(each, str)), None)
+    mean, std = (name if each is None else each for each in (mean, std))
     if mean is None or std is None:
         raise ValueError("give both --mean and --std, or the name of both")
-    means = NORMALIZATIONS[mean][0] if isinstance(mean, str) else tuple(map(float, mean))
-    stds = NORMALIZATIONS[std][1] if isinstance(std, str) else tuple(map(float, std))
-    if len(means) != len(stds) or not means:
-        raise ValueError(f"--mean has {len(means)} values and --std {len(stds)}")
-    if not all(map(math.isfinite, means)) or not all(0 < each < math.inf for each in stds):
-        raise ValueError(f"{means} and {stds} are no mean and standard deviation")
-    return means, stds
+    found = _values(mean, 0), _values(std, 1)
+    if len(found[0]) != len(found[1]) or not found[0]:
+        raise ValueError(f"--mean has {len(found[0])} values and --std {len(found[1])}")
+    if not all(map(math.isfinite, found[0] + found[1])) or min(found[1]) <= 0:
+        raise ValueError(f"{found[0]} and {found[1]} are no mean and standard deviation")
+    return found
+
+
+def _values(given: str | Sequence[float], which: int) -> tuple[float, ...]:
+    """The numbers, or the mean (which = 0) or standard deviation (1) of that name."""
+    return NORMALIZATIONS[given][which] if isinstance(given, str) else tuple(map(float, given))
 
 
 def normalized(model: nn.Module, mean: Statistic, std: Statistic) -> nn.Module:

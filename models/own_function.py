@@ -49,7 +49,9 @@ def build_own_function(name: str, **kwargs: Any) -> nn.Module:
 
 def _arguments(function: Callable[..., Any], name: str, offered: dict[str, Any]) -> dict[str, Any]:
     """Those of the offered arguments that the function takes. Raises ValueError if it needs others, or can't take what was asked for."""
-    parameters = inspect.signature(function).parameters.values()
+    # A class without __init__ of its own has torch.nn.Module's, which seems to take anything and takes nothing.
+    takes_nothing = getattr(function, "__init__", None) is nn.Module.__init__
+    parameters = [] if takes_nothing else [*inspect.signature(function).parameters.values()]
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     passed = {key: value for key, value in offered.items() if takes_any or key in by_name}

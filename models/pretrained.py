@@ -88,27 +88,41 @@ def download_authors_file(file_name: str, model_dir: Path) -> None:
         ) from error
 
 
-def check_one_point(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Raises ValueError unless the model can be trained on a single image of `shape` (C, H, W): some BatchNorms can't."""
+def check_trains(model: nn.Module, shape: tuple[int, int, int], num_classes: int, n: int) -> None:
+    """Raises ValueError unless the model can be trained on n images of `shape` (C, H, W), of which some BatchNorms need two."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the network has no parameters to train")
     try:
-        with torch.no_grad():
-            copy.deepcopy(model).train()(_grey_image(model, shape))
-    except ValueError as error:
-        raise ValueError(f"the network can't learn from a single image: {error}") from error
+        with torch.enable_grad():
+            logits = copy.deepcopy(model).train()(_grey_images(model, shape, n))
+    except Exception as error:  # whatever a user's network raises
+        what = "a single image" if n == 1 else f"{n} images of shape {shape}"
+        raise ValueError(f"the network can't learn from {what}: {_first_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (n, num_classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"in train mode the network must give logits of shape (B, {num_classes}), it gave {got} for {n} images"
+        )
+    if not logits.requires_grad:
+        raise ValueError("the network's logits do not depend on its parameters through autograd: it can't be trained")
 
 
 def check_fits(model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
     """Raises ValueError unless the model takes one image of `shape` (C, H, W) and gives (1, num_classes) logits."""
     try:
         with torch.no_grad():
-            logits = model(_grey_image(model, shape))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"the network does not take images of shape {shape}: {str(error).splitlines()[0]}") from error
-    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the network must give logits of shape (B, {num_classes}), it gave {got} for one image")
+            logits = model(_grey_images(model, shape, 1))
+    except Exception as error:  # whatever a user's network raises
+        raise ValueError(f"the network does not take images of shape {shape}: {_first_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes) or logits.is_complex():
+        got = f"{tuple(logits.shape)}, {logits.dtype}," if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the network must give real logits of shape (B, {num_classes}), it gave {got} for one image")
 
 
-def _grey_image(model: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+def _grey_images(model: nn.Module, shape: tuple[int, int, int], n: int) -> Tensor:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return torch.full((1, *shape), 0.5, device=device)
+    return torch.full((n, *shape), 0.5, device=device)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

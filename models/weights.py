@@ -46,12 +46,16 @@ def weights_in(content: Any, word: str | None = None) -> list[Weights]:
         queue.extend((f"{place}.{key}".lstrip("."), value) for key, value in inner)
     if not found:
         raise ValueError("it holds no state dict (tensors by name, plain or under 'state_dict' or 'model')")
-    if word is not None:
+    return sorted(found if word is None else _under(word, found), key=_rank)  # stable: in the order of the file
+
+
+def _under(word: str, found: list[Weights]) -> list[Weights]:
+    """Those stored under a name with this word. Raises ValueError if there are none."""
+    chosen = [each for each in found if word.lower() in each.place.lower()]
+    if not chosen:
         places = ", ".join(repr(each.place) for each in found)
-        found = [each for each in found if word.lower() in each.place.lower()]
-        if not found:
-            raise ValueError(f"no weights in it are stored under a name with {word!r}; there are {places}")
-    return sorted(found, key=_rank)  # stable: in the order of the file
+        raise ValueError(f"no weights in it are stored under a name with {word!r}; there are {places}")
+    return chosen
 
 
 def prefixes(weights: Weights) -> Iterator[Weights]:

@@ -19,13 +19,12 @@ from data import (
     BatchLoader,
     Dataset,
     DatasetSpec,
-    ShardedBatches,
     ShuffledTensors,
     Split,
     load_dataset,
     number_of_batches,
 )
-from utils.workers import load_ahead
+from utils.workers import WorkerPool
 
 
 def digest(tensor: Tensor) -> str:
@@ -226,10 +225,11 @@ def test_augment_keeps_images_apart() -> None:
 @pytest.mark.parametrize("n", [1, 23])
 def test_workers_cut_the_same_batches(n: int) -> None:
     split = numbered(n, flip=True)
-    batches = ShardedBatches(BatchLoader(split, 8), 0)
-    here = [batches[i] for i in range(len(batches))]
-    there = list(load_ahead(batches, range(len(batches)), 1, torch.device("cpu")))
-    assert len(here) == len(there) == number_of_batches(n, 8)
+    loader = BatchLoader(split, 8)
+    wanted = [(epoch, number) for epoch in (2, 0) for number in range(len(loader))]
+    here = [loader.batches[item] for item in wanted]
+    there = list(WorkerPool(loader.batches, 1, torch.device("cpu")).load(wanted))
+    assert len(here) == len(there) == 2 * number_of_batches(n, 8)
     for (x, y), (other_x, other_y) in zip(here, there, strict=True):
         assert torch.equal(x, other_x)
         assert torch.equal(y, other_y)
@@ -243,7 +243,7 @@ def test_a_split_on_another_device_goes_through_the_workers() -> None:
 
 @pytest.mark.parametrize("device", ["cpu:0", "cpu"])
 def test_a_device_with_a_number_is_the_same_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.load_ahead", None)
+    monkeypatch.setattr("data.WorkerPool", None)
     assert len(list(BatchLoader(numbered(10), 4, device=torch.device(device)).epoch(0))) == 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import signal
@@ -90,7 +91,7 @@ def test_a_folder_is_a_data_set(name: str, folder: Path) -> None:
         ("no folder", ["train", "nothing", "downloaded"]),
         ("no val", ["images/val", "--data_dir"]),
         ("no classes", ["class folder", "val/CLASS"]),
-        ("an empty class", ["classes bee", "val/CLASS"]),
+        ("an empty class", ["no images, such as bee", "val/CLASS"]),
         ("a class more", ["dog (only in val)", "1 differ", "--data_dir"]),
         ("other names", ["6 differ", "ant (only in train)"]),
     ],
@@ -220,7 +221,8 @@ def test_a_resumed_epoch_and_the_parts_of_processes(
 
 
 def test_signals_do_not_end_workers(train: FolderSplit) -> None:
-    parts = BatchLoader(train, 2, workers=2).epoch(0)
+    loader = BatchLoader(train, 2, workers=2)
+    parts = loader.epoch(0)
     found = [next(parts)]
     children = multiprocessing.active_children()
     assert len(children) == 2
@@ -229,13 +231,19 @@ def test_signals_do_not_end_workers(train: FolderSplit) -> None:
         for number in ("INT", "TERM"):
             subprocess.run(["kill", f"-{number}", str(child.pid)], check=True)
     assert same(found + list(parts), list(BatchLoader(train, 2, workers=0).epoch(0)))
+    list(loader.epoch(1))
+    assert multiprocessing.active_children() == children  # they stay for the next epoch
+    loader.close()
     assert not multiprocessing.active_children()
 
 
 def test_an_epoch_that_is_left_early_leaves_no_worker(train: FolderSplit) -> None:
-    parts = BatchLoader(train, 2).epoch(0)
+    loader = BatchLoader(train, 2, workers=1)
+    parts = loader.epoch(0)
     next(parts)
     parts.close()  # type: ignore[attr-defined]
+    assert same(list(loader.epoch(1)), list(BatchLoader(train, 2, workers=0).epoch(1)))
+    loader.close()
     assert not multiprocessing.active_children()
 
 
@@ -267,6 +275,7 @@ def test_a_broken_file_is_named(content: str, workers: int, train: FolderSplit) 
             file.unlink()
     with pytest.raises(ValueError, match=r"ant/0\.png can't be read as an image"):
         list(BatchLoader(train, 4, workers=workers).epoch(0))
+    gc.collect()
     assert not multiprocessing.active_children()
     with pytest.raises(ValueError, match=r"ant/0\.png can't be read as an image"):
         train.in_memory()

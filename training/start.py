@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from config import LATEST, TrainConfig, config_from_json, resumed, run_name, same_command
-from data import Dataset, load_dataset, load_extra
+from data import Dataset, FolderSplit, load_dataset, load_extra
 from models import Spec, new_spec
 from models.from_file import normalization_of, rebuild
-from models.pretrained import check_fits, check_one_point, load_model
+from models.pretrained import check_fits, check_trains, load_model
 from models.robustbench_zoo import published_preparation
 from utils.cli import blame
-from utils.distributed import print_on_rank0
+from utils.distributed import Process, print_on_rank0
 from utils.modules import eval_mode
 from utils.resume import (
     ResumePoint,
@@ -91,12 +91,7 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
             loaded = load_model(config.model_name or "", config.model_dir, config.dataset, config.network_flags())
         model, spec, about = loaded.model, loaded.spec, loaded.about
         print_on_rank0(*loaded.notes)
-    size = config.image_size or about.get("image_size")
-    with blame("--data_dir"):
-        dataset = load_dataset(config.dataset, config.data_dir, size or 224, published_preparation(spec, size))
-    if config.extra_data:
-        with blame("--extra_data"):
-            dataset = replace(dataset, extra=load_extra(config.extra_data, dataset))
+    dataset = data_set(config, spec, config.image_size or about.get("image_size"))
     if model is None:
         arch, sizes = config.arch or "", {"num_classes": dataset.num_classes, "in_channels": dataset.shape[0]}
         normalization = normalization_of(config.network_flags())
@@ -106,10 +101,34 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
     return dataset, model, spec
 
 
+def data_set(config: TrainConfig, spec: Spec, size: int | None) -> Dataset:
+    """The data set of the flags, with extra images, for the network of `spec`, of `size` pixels if it is of files. Raises UsageError."""
+    with blame("--data_dir"):
+        preparation = published_preparation(spec, size)
+        dataset = load_dataset(config.dataset, config.data_dir, size or 224, preparation, config.class_order)
+        if not len(dataset.train):
+            raise ValueError(f"there is no folder train/ in {config.data_dir}: only eval.py can do without")
+    print_on_rank0(*dataset.notes)
+    if config.extra_data:
+        with blame("--extra_data"):
+            dataset = replace(dataset, extra=load_extra(config.extra_data, dataset))
+    return dataset
+
+
+def check_images(dataset: Dataset, process: Process) -> None:
+    """Raises UsageError that names an image file that can't be read, training or test, if there is one."""
+    for split in (dataset.train, dataset.test):
+        if isinstance(split, FolderSplit):
+            with blame("--data_dir"):
+                split.check(process)
+
+
 def check_model(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None:
     """Raises UsageError unless the network takes the images and, if a mini-batch may have one example, trains on one."""
     with blame("--model_name" if config.finetune_model else "--arch"), eval_mode(model):
         check_fits(model, dataset.shape, dataset.num_classes)
-    if 1 in (config.batch_size, config.n_ex_train):
-        with blame("--batch_size" if config.batch_size == 1 else "--n_ex_train"):
-            check_one_point(model, dataset.shape)
+    alone = 1 in (config.batch_size, config.n_ex_train)
+    if alone:
+        where = "--batch_size" if config.batch_size == 1 else "--n_ex_train"
+    with blame(where if alone else "--model_name" if config.finetune_model else "--arch"):
+        check_trains(model, dataset.shape, dataset.num_classes, 1 if alone else 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import hashlib
 import io
 import os
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.text import note_once
+
 # Types that people store beside weights and that run no code: numpy's scalars and arrays, argparse's options.
 _SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
 HARMLESS: list[Any] = [
@@ -26,6 +29,10 @@ HARMLESS: list[Any] = [
     *(np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"]}),
     *(argparse.Namespace, codecs.encode),
 ]
+
+
+# What file systems say of operations that they do not have.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def write_atomic(data: bytes | memoryview, path: Path) -> None:
@@ -38,16 +45,26 @@ def write_atomic(data: bytes | memoryview, path: Path) -> None:
         with part.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     if os.name == "posix":  # the new name has to reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            sync(folder)
         finally:
             os.close(folder)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until a file or folder is on the disk; where the file system can't do that, a note. Raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        note_once("this file system cannot say when files are on its disk: after a power cut the newest may be missing")
 
 
 def save_atomic(content: Any, path: Path) -> None:

@@ -9,10 +9,10 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from traceback import extract_tb
+from traceback import extract_tb, format_exception
 from typing import Any, NoReturn
 
 from utils.signals import Signals
@@ -66,9 +66,8 @@ def one_line_end(prog: str, signals: Signals, argv: Sequence[str] | None) -> Ite
         raise
     except BaseException as error:
         number = signals.received or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
-        what = (
-            signal.Signals(number).name if number else str(error) if isinstance(error, OSError) else _described(error)
-        )
+        folder = folders[0] if folders else None
+        what = signal.Signals(number).name if number else described(error, folder)
         kept = f"what was found is kept in {folders[0]}; go on with: " if folders else "nothing was begun"
         how = kept + (_again(prog, argv) if folders else "")
         if not number or os.environ.get("RANK", "0") == "0":  # a signal as a rule comes to all processes
@@ -83,13 +82,22 @@ def _again(prog: str, argv: Sequence[str] | None) -> str:
     return f"{program} {shlex.join(flags if '--resume' in flags else [*flags, '--resume'])}"
 
 
-def _described(error: BaseException) -> str:
-    """An exception with the place where it began, the innermost that is not in an installed package."""
+def described(error: BaseException, folder: Path | None = None) -> str:
+    """An exception in words, with the place where it began, the innermost that is not in an installed package.
+
+    Its traceback goes to error.txt in the folder. What the system says of files, such as a full disk, needs neither.
+    """
+    if isinstance(error, OSError):
+        return str(error)
+    if folder:
+        with suppress(OSError):
+            (folder / "error.txt").write_text("".join(format_exception(error)))
     first = error
     while first.__cause__:
         first = first.__cause__
     frames = [each for each in extract_tb(first.__traceback__) if "site-packages" not in each.filename]
-    return f"{type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno})"
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    return f"{type(error).__name__}: {error} ({place}{f'; all of it in {folder}/error.txt' if folder else ''})"
 
 
 def _exit(prog: str, message: str) -> NoReturn:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.checkpoint import load_tensors, newest_state, write_atomic
+from utils.checkpoint import UNSUPPORTED, load_tensors, newest_state, write_atomic
 from utils.run_folder import parse_json, read_json, write_json
+from utils.text import note_once
 
 WAIT = 10.0  # seconds to wait for a lock: data workers of a killed process may outlive it and hold its lock for a while
 REPRODUCED = ("commit", "packages", "device", "threads", "processes")  # with the same, weights are the same bit for bit
@@ -68,13 +69,21 @@ def newest_run(save_dir: str, wanted: Callable[[dict[str, Any]], bool]) -> Path 
     return None
 
 
-def lock_run(folder: Path, seconds: float) -> FileLock:
-    """Lock a run's folder; the lock ends with this process in any case. Raises ValueError if another process holds it for `seconds`."""
-    lock = FileLock(folder / ".lock")
+def lock_run(folder: Path, seconds: float) -> AbstractContextManager[Any]:
+    """Lock a run's folder; the lock ends with this process in any case. Raises ValueError if another process holds it for `seconds`.
+
+    On a file system without locks it prints a note, and holds nothing.
+    """
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=seconds)
     except Timeout as error:
         raise ValueError(f"{folder} belongs to a process that still runs") from error
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+            raise
+        note_once(f"this file system has no locks: see to it that no second process uses {folder}")
+        return nullcontext()
     return lock
 
 

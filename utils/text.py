@@ -5,6 +5,16 @@ from __future__ import annotations
 JOINERS = "\u200c\u200d"  # not printable in Python's eyes, but parts of words in Persian and of emoji
 
 
+_NOTED: set[str] = set()
+
+
+def note_once(text: str) -> None:
+    """Print a note, in this process the first time alone."""
+    if text not in _NOTED:
+        _NOTED.add(text)
+        print(f"note: {text}", flush=True)
+
+
 def printable(text: object, longest: int = 1000) -> str:
     """str(text) on one line: what does not print as an escape such as \\n or \\udcff, and a long text without its middle."""
     shown = str(text)
