@@ -164,8 +164,9 @@ def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:
         for norm in content["norms"]:
             write_json(folder / f"robustbench_{norm}.json", robustbench_fields(content, norm))
     print(table(content["accuracy"]))
-    verified = sum(about["counts"].get("images_verified", 0) for about in content["norms"].values())
-    print(f"{verified} images that broke the network were read back from their files and judged again")
+    if content["norms"]:
+        verified = sum(about["counts"].get("images_verified", 0) for about in content["norms"].values())
+        print(f"{verified} images that broke the network were read back from their files and judged again")
     if config.baseline:
         print(difference_table(content["difference_to_baseline"], printable(config.baseline)))
     for warning in content["warnings"]:

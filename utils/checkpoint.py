@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import time
 import warnings
 import zipfile
@@ -111,8 +112,8 @@ def load_tensors(path: Path) -> Any:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names and values of a network's state."""
-    digest = hashlib.sha256()
+    """SHA-256 of the names and values of a network's state, and of its layers as PyTorch prints them."""
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(model)).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
