@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         stack.callback(trainer.loader.close)
         if state:
             trainer.restore(state)
+            state = None  # else it would stay in memory, beside the network and the optimizer, as long as the run
         if process.is_rank0:
             announce(trainer, differences(config, asked))
         train_or_say_how_to_resume(trainer)

@@ -126,7 +126,7 @@ def forward_backward(
         logits = answer.to(x_adv.dtype)
         values = loss(logits, y)
         # In float16 small gradients would vanish; only the direction counts, so they need not be scaled back.
-        total = (HALF_SCALE if answer.dtype == torch.float16 else 1) * values.sum()
+        total = values.sum() * HALF_SCALE if answer.dtype == torch.float16 else values.sum()
         grad = torch.autograd.grad(total, x_adv, allow_unused=True)[0] if total.requires_grad else None
     # A channels-last network gives a gradient in its own layout; everything here works on plain rows.
     grad = torch.zeros_like(x_adv) if grad is None else grad.contiguous()
@@ -143,8 +143,9 @@ def finite(values: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """(B,) bool: the largest of the logits (B, K) is not the label's, or is NaN or infinite, which is no answer."""
-    top = logits.max(1)
-    return ~((top.indices == y) & (top.values.abs() < float("inf")))  # max gives NaN where there is one
+    top = logits.max(1)  # NaN where there is one
+    answer: Tensor = top.indices + 0 * top.values.float()  # NaN if the largest is not finite: equal to no label
+    return answer != y
 
 
 def check_logits(answer: Tensor, n: int, num_classes: int | None = None) -> None:

@@ -134,7 +134,7 @@ class ThreatEvaluator:
         waiting = self._left(last, chosen)
         total, done = last * len(waiting), sum(each.run for each in waiting)
         device = self.network.device
-        state = search.begin(self.examples.x(torch.arange(0)).to(device))  # of the rows
+        state = search.begin(self.examples.x(torch.arange(0)).to(device, non_blocking=True))  # of the rows
         rows = self._rows([])
         while waiting or len(rows):
             new = [waiting.popleft() for _ in range(min(len(waiting), self.network.batch_size - len(rows)))]

@@ -24,7 +24,7 @@ from evaluation.curve import accuracy_curve, curve_logs, curve_warnings, make_cu
 from evaluation.storage import Store
 from utils.checkpoint import fingerprint, tensors_fingerprint
 from utils.distributed import ALONE, Process, all_gather
-from utils.precision import Amp, autocast_model
+from utils.precision import Amp, autocast_model, with_cast_weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def evaluate(
     Raises UsageError for a folder with a state of another evaluation, NetworkError for a network that fails; what was found is kept.
     """
     device, rank, n = options.process.device, options.process.rank, len(examples)
-    attack_model = None if options.amp == "off" else autocast_model(model, device, options.amp)
+    attack_model = None if options.amp == "off" else _low_precision(model, device, options.amp)
     network = Network(model, device, options.batch_size, attack_model)
     mine = torch.arange(rank, n, options.process.world_size)
     answers = clean_answers(network, examples, mine)
@@ -78,6 +78,13 @@ def evaluate(
         evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in threats}
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
+
+
+def _low_precision(model: Model, device: torch.device, amp: Amp) -> Model:
+    """The network that is attacked with --amp."""
+    if isinstance(model, nn.Module) and device.type != "cpu":  # a CPU has no kernels to launch
+        model = with_cast_weights(model, amp)
+    return autocast_model(model, device, amp)
 
 
 def identity(

@@ -61,9 +61,9 @@ def _short(class_names: Sequence[str]) -> list[str]:
 def _answers(network: Network, x: Tensor, class_names: Sequence[str]) -> tuple[Tensor, list[str]]:
     """How sure the network is of its answers to x (B, C, H, W), (B,), and the answers in words."""
     with torch.no_grad():
-        confidence, predicted = network.model(x.to(network.device)).float().softmax(1).max(1)
+        confidence, predicted = network.model(x.to(network.device)).float().cpu().softmax(1).max(1)
     pairs = zip(predicted.tolist(), confidence.tolist(), strict=True)
-    return confidence.cpu(), [f"{class_names[k]}, {100 * probability:.0f} %" for k, probability in pairs]
+    return confidence, [f"{class_names[k]}, {100 * probability:.0f} %" for k, probability in pairs]
 
 
 def _in_turn(confidence: Tensor, wrong: Tensor) -> list[int]:

@@ -12,6 +12,7 @@ import plot
 import train
 from benchmarks import compare_schemes
 from config import EvalConfig, TrainConfig
+from utils.cli import UsageError
 
 HOSTILE = [
     "", " ", "-1", "0", "1", " 5", "1_000", "nan", "inf", "-inf", "1e308", "1e-320", "1" + "0" * 30, "9" * 4500, "\u0663", "0x10",
@@ -21,12 +22,12 @@ HOSTILE = [
 NORMS = ["Linf", "Linf L1", "L1 L1", "Linf L2 L1", "L3", "linf"]
 
 
-class Accepted(Exception):
-    """The flags were taken; nothing is loaded or run."""
+class Accepted(UsageError):
+    """The flags were taken; nothing is loaded or run. The scripts end with one line, which is the name of no flag."""
 
 
 def stop(*_: Any, **__: Any) -> None:
-    raise Accepted
+    raise Accepted("flags", "taken")
 
 
 def value_of(draw: random.Random, each: Any) -> str:

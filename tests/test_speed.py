@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import train
 from attacks.apgd import apgd, loss_and_grad
@@ -21,8 +22,9 @@ from attacks.norms import NORMS
 from attacks.threat import Threat
 from data import DATASETS, BatchLoader, Split, load_dataset
 from models import build_model, layers, preact_resnet
-from utils.modules import AsyncScalars, eval_mode, no_param_grad
-from utils.precision import autocast_model, check_amp, set_up_torch
+from training.optim import EMA
+from utils.modules import EVENTS, AsyncScalars, eval_mode, no_param_grad
+from utils.precision import autocast_model, check_amp, compiled_network, set_up_torch, with_cast_weights
 
 CPU = torch.device("cpu")
 
@@ -231,3 +233,86 @@ def test_a_compiled_network_trains_alike(tmp_path: Path) -> None:
     one, other = (torch.load(folder / "ep_1.pth", weights_only=True)["state_dict"] for folder in folders)
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_compiled_network_keeps_the_graph_of_full_batches() -> None:
+    """A partial batch has a graph of its own, and full ones use theirs again: with one for any size they would lose theirs."""
+    torch._dynamo.reset()
+    model = build_model("preact-resnet18", in_channels=1, width=4).eval()
+    network = compiled_network(model, backend="eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    found = []
+    for size in (8, 8, 3, 8, 3, 8, 5, 8):
+        before = graphs["unique_graphs"]
+        x = torch.rand(size, 1, 8, 8).requires_grad_()
+        torch.testing.assert_close(network(x.clone()), model(x), rtol=1e-4, atol=1e-4)
+        found.append(graphs["unique_graphs"] > before)
+    assert found == [True, False, True, False, False, False, True, False]
+    assert torch._dynamo.config.recompile_limit >= 64
+    torch._dynamo.reset()
+
+
+def test_the_average_is_torchs() -> None:
+    """EMA against torch.optim.swa_utils, also of what is not floating: there it is the model's own."""
+    torch.manual_seed(0)
+    model = build_model("preact-resnet18", in_channels=1, width=4).train()
+    ours = EMA(model, 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for step in range(4):
+        with torch.no_grad():
+            model(torch.rand(8, 1, 8, 8))
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        ours.update(model)
+        theirs.update_parameters(model)
+        for name, value in theirs.module.state_dict().items():
+            if value.is_floating_point():
+                assert torch.equal(ours.module.state_dict()[name], value), (step, name)
+            else:
+                assert torch.equal(ours.module.state_dict()[name], model.state_dict()[name])
+    again = EMA(model, 0.9)
+    again.load_state_dict(ours.state_dict())
+    again.update(model)
+    ours.update(model)
+    pairs = zip(again.module.state_dict().values(), ours.module.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_scalars_of_a_device_with_events_are_waited_for_once_and_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU stands in for CUDA and MPS: the copy does not block, and the event is asked when the numbers are read."""
+    told: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            told.append("record")
+
+        def synchronize(self) -> None:
+            told.append("wait")
+
+    copy_ = Tensor.copy_
+
+    def noting(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        told.append("non-blocking" if non_blocking else "blocking")
+        return copy_(self, source)
+
+    monkeypatch.setattr(Tensor, "copy_", noting)
+    scalars = AsyncScalars(torch.tensor([1.0, 2.0]))
+    assert told == ["blocking"]
+    assert scalars.numbers() == [1.0, 2.0]
+    told.clear()
+    monkeypatch.setitem(EVENTS, "cpu", Event)
+    scalars = AsyncScalars(torch.tensor([1.0, 2.0]))
+    assert told == ["non-blocking", "record"]
+    assert scalars.numbers() == [1.0, 2.0]
+    assert told == ["non-blocking", "record", "wait"]
+
+
+def test_weights_cast_once_give_what_autocast_gives() -> None:
+    model, x = wide().eval(), torch.rand(4, 3, 16, 16)
+    cast = with_cast_weights(model, "bf16")
+    for network in (model, cast):
+        assert network.conv1.weight.dtype == (torch.float32 if network is model else torch.bfloat16)
+        assert network.bn.weight.dtype == torch.float32
+    with torch.no_grad():
+        one, other = (autocast_model(network, CPU, "bf16")(x) for network in (model, cast))
+    assert torch.equal(one, other)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import torch
 from torch import nn, optim
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import TrainConfig
 
@@ -28,10 +31,40 @@ def parameter_groups(
     ]
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """EMA of weights and BatchNorm statistics: decay * average + (1 - decay) * model after each training step; starts as a copy."""
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.requires_grad_(False).eval()
+class EMA:
+    """EMA of weights and BatchNorm statistics, as `module`: decay * average + (1 - decay) * model after each training step.
+
+    It starts as a copy of the model after the first step. What is not floating, such as BatchNorm's counters, is the model's. Unlike
+    torch.optim.swa_utils.AveragedModel it makes the host wait for no device.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.updates = copy.deepcopy(model).requires_grad_(False).eval(), decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """After a training step of the model."""
+        pairs = zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
+        floating: list[tuple[torch.Tensor, torch.Tensor]] = []
+        others: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for pair in pairs:
+            (floating if self.updates and pair[0].is_floating_point() else others).append(pair)
+        if floating:
+            averages, values = map(list, zip(*floating, strict=True))
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        if others:
+            averages, values = map(list, zip(*others, strict=True))
+            torch._foreach_copy_(averages, values)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """To resume from."""
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put it back."""
+        self.module.load_state_dict(state_dict["module"])
+        self.updates = state_dict["updates"]
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float) -> None:

@@ -22,7 +22,7 @@ from models import Spec
 from training.cuda_graphs import GraphedAttack
 from training.gradient_projection import GradientProjection
 from training.metrics import EpochMetrics, NonFiniteGuard
-from training.optim import averaged, sgd
+from training.optim import EMA, sgd
 from utils.checkpoint import CheckpointManager, Stateful
 from utils.distributed import (
     Process,
@@ -34,7 +34,7 @@ from utils.distributed import (
     sync_batchnorm,
 )
 from utils.modules import AsyncScalars, eval_mode, generator, no_param_grad
-from utils.precision import autocast_model, cast_weights_once
+from utils.precision import autocast_model, cast_weights_once, compiled_network
 from utils.resume import run_id
 from utils.schedules import lr_schedule
 from utils.signals import Interrupted, Signals
@@ -74,7 +74,7 @@ class Trainer:
         self.lr_at = lr_schedule(config.lr_schedule or "", config.lr_max or 0.0)
         self.optimizer = sgd(config, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.ema = averaged(self.model, config.ema) if config.ema else None
+        self.ema = EMA(self.model, config.ema) if config.ema else None
         self.projection = (
             GradientProjection(self.model, sgd(config, self.model)) if config.gradient_projection else None
         )
@@ -92,7 +92,7 @@ class Trainer:
     def _wrap_model(self) -> None:
         """Around the model: compilation, data parallelism, autocast, counters."""
         config, device = self.config, self.process.device
-        compiled: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        compiled = compiled_network(self.model) if config.compile else self.model
         parallel = data_parallel(compiled, device)
         self.attack_model = self.metrics.passes.count(autocast_model(compiled, device, config.amp), trains=False)
         self.train_model = self.metrics.passes.count(autocast_model(parallel, device, config.amp), trains=True)
@@ -181,7 +181,7 @@ class Trainer:
         if not self.config.sync_bn:
             average_buffers(self.model)
         if self.ema:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model)
         stop = torch.full((1,), float(self.signals.received is not None), device=sums.device)
         outcome = AsyncScalars(all_reduce_sum(torch.cat([sums, stop])))
         self._pending.append((f"batch {batch.index + 1} of epoch {self.epoch + 1}", outcome))

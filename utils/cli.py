@@ -111,6 +111,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; before Python 3.13 that takes `--flag=--` for no value at all, and says nothing."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == []:
+                self.error(f"argument --{name}: expected one argument")
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         _exit(self.prog, message)
 

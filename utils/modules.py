@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,16 +43,20 @@ def generator(*key: int) -> torch.Generator:
     )
 
 
+# Of devices that work while the host goes on: what tells that a copy has arrived.
+EVENTS: dict[str, Callable[[], Any]] = {"cuda": torch.cuda.Event, "mps": torch.mps.Event}
+
+
 class AsyncScalars:
-    """A non-blocking device-to-host copy of a tensor from CUDA; from other devices an ordinary copy."""
+    """A non-blocking device-to-host copy of a tensor from CUDA and MPS; from other devices an ordinary copy."""
 
     def __init__(self, value: torch.Tensor) -> None:
-        cuda = value.is_cuda
-        self.copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda)
-        self.copy.copy_(value, non_blocking=cuda)
-        self.arrived = torch.cuda.Event() if cuda else None
+        event = EVENTS.get(value.device.type)
+        self.copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        self.copy.copy_(value, non_blocking=event is not None)
+        self.arrived = event() if event else None
         if self.arrived:
-            self.arrived.record(torch.cuda.current_stream(value.device))
+            self.arrived.record()
 
     def numbers(self) -> Any:
         """The copy as a number or nested lists; waits until it is complete."""

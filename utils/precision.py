@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Amp = Literal["off", "bf16", "fp16"]
 AMPS: tuple[Amp, ...] = get_args(Amp)
@@ -29,12 +31,31 @@ def autocast_model(model: Callable[[Tensor], Tensor], device: torch.device, amp:
     return forward
 
 
+def with_cast_weights(model: nn.Module, amp: Amp) -> nn.Module:
+    """A copy whose convolutions and linear layers have their weights in that format: autocast casts those without gradient in each pass."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(DTYPES[amp])
+    return model
+
+
 def cast_weights_once(device: torch.device, amp: Amp) -> torch.autocast | None:
     """A context inside which `autocast_model` casts each weight once for all passes, and not in each one; None where that does not help.
 
     Autocast keeps the casts of weights that require a gradient until its outermost context ends.
     """
     return None if amp == "off" or device.type == "cpu" else torch.autocast(device.type, DTYPES[amp])
+
+
+def compiled_network(model: nn.Module, backend: str = "inductor") -> nn.Module:
+    """torch.compile's of the model: a graph for each batch size, so that full batches keep theirs after a partial one."""
+    # Batch sizes, train and eval mode, with and without gradient: more than the eight after which torch stops compiling.
+    torch._dynamo.config.recompile_limit = 64
+    # Said of images that an attack hands over as copies, since networks may change them in place.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf Tensor")
+    network: nn.Module = torch.compile(model, dynamic=False, backend=backend)  # type: ignore[assignment]
+    return network
 
 
 def check_amp(device: torch.device, amp: Amp) -> None:

@@ -46,8 +46,9 @@ def resume_point(folder: Path, stack: ExitStack) -> ResumePoint:
 
 
 def run_id(folder: Path) -> Any:
-    """What tells this run from all others, which env.json and each of its states hold; None for one of an earlier version."""
-    return read_json(folder / "env.json").get("run")
+    """What tells this run from all others, which env.json and each of its states hold; None if env.json has none."""
+    path = folder / "env.json"
+    return read_json(path).get("run") if path.exists() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
