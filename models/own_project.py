@@ -80,15 +80,14 @@ class OwnProject(MetaPathFinder, Loader):
     def attach(self, model: nn.Module) -> nn.Module:
         """The model; if the user has modules of our names, its forward passes run inside `with` from now on."""
         if self.theirs:
-            model.register_forward_pre_hook(self._before_forward)
-            model.register_forward_hook(self._after_forward, always_call=True)
+            # As decorators they would cost every start of the program a second: torch loads its compiler for them.
+            model.register_forward_pre_hook(torch.compiler.disable(self._before_forward))
+            model.register_forward_hook(torch.compiler.disable(self._after_forward), always_call=True)
         return model
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         self.__enter__()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.__exit__()
 

@@ -212,6 +212,28 @@ def test_code_in_a_file_does_not_run() -> None:
     assert not Path("ran").exists()
 
 
+class Hostile:
+    """numpy's dtype of Python objects with the state of plain bytes, and a scalar of it: an address of the file's choice."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.float64(0).__reduce__()[0], (np.dtype("O"), b"\x41" * 8)
+
+
+class HostileArray:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.ndarray, ((1,), "O", b"\x41" * 8)
+
+
+@pytest.mark.parametrize("kind", [Hostile, HostileArray])
+def test_numbers_in_a_file_are_no_addresses(kind: type) -> None:
+    torch.save({"state_dict": other_weights(), "extra": kind()}, "net.pth")
+    try:
+        content = load_tensors(Path("net.pth"))["extra"]
+    except ValueError:
+        return
+    assert not isinstance(content, np.ndarray | np.generic)
+
+
 def test_the_search_is_bounded() -> None:
     """Also in a file of many parts, of which each leads to all others."""
     parts: list[dict[str, Any]] = [{} for _ in range(300)]

@@ -119,7 +119,7 @@ def _encode(text: str, *_: object) -> bytes:
     return text.encode("latin1")
 
 
-_KNOWN: dict[str, Any] = {  # the names by which numpy 1 and 2 pickle arrays
+_STAND_INS: dict[str, Any] = {  # the names by which numpy 1 pickles arrays
     "numpy.core.multiarray._reconstruct": _Array,
     "numpy.core.multiarray.scalar": lambda dtype, content: _Array.from_buffer(content, dtype, (), "C").array[()],
     "numpy.core.numeric._frombuffer": _Array.from_buffer,
@@ -127,13 +127,14 @@ _KNOWN: dict[str, Any] = {  # the names by which numpy 1 and 2 pickle arrays
     "numpy.dtype": _Dtype,
     "_codecs.encode": _encode,  # protocols up to 2 write bytes as its argument
 }
+NUMPY_STAND_INS = _STAND_INS | {name.replace("numpy.core.", "numpy._core."): each for name, each in _STAND_INS.items()}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Knows these names and refuses all else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _KNOWN.get(f"{module.replace('numpy._core.', 'numpy.core.')}.{name}")
+        known = NUMPY_STAND_INS.get(f"{module}.{name}")
         if known is None:
             raise ValueError(f"it asks for {module}.{name}, which is refused because it could run code")
         return known

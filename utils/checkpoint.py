@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import errno
 import hashlib
 import io
@@ -17,19 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.arrays import NUMPY_STAND_INS
 from utils.text import note_once
 
-# Types that people store beside weights and that run no code: numpy's scalars and arrays, argparse's options.
-_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-HARMLESS: list[Any] = [
-    *(_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), _ARRAY, (_ARRAY, "numpy.core.multiarray._reconstruct")),
-    *(np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"]}),
-    *(argparse.Namespace, codecs.encode),
-]
+# Types that people store beside weights, under the names that pickles give them: argparse's options, and numpy's scalars and arrays, which
+# stand-ins read as numbers. numpy's own functions would take a hostile file's numbers for addresses.
+HARMLESS: list[Any] = [argparse.Namespace, *((stand_in, name) for name, stand_in in NUMPY_STAND_INS.items())]
 
 
 # What file systems say of operations that they do not have.
