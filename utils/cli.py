@@ -114,9 +114,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; before Python 3.13 that takes `--flag=--` for no value at all, and says nothing."""
         found, rest = super().parse_known_args(args, namespace)
-        for name, value in vars(found).items():
-            if value == []:
-                self.error(f"argument --{name}: expected one argument")
+        for action in self._actions:
+            if action.option_strings and action.nargs is None and getattr(found, action.dest, None) == []:
+                self.error(f"argument {action.option_strings[0]}: expected one argument")
         return found, rest
 
     def error(self, message: str) -> NoReturn:
