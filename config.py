@@ -168,7 +168,8 @@ class EvalConfig(Config):
     dataset: str | None = _data(None, "data set (the one the checkpoint was trained on, else cifar10)", choices=DATASETS)
     n_ex: int | None = _data(None, "evaluate the first N test images (1000, or all if there are fewer)", positive_int)
     l_norms: tuple[str, ...] = _attack(tuple(NORMS), "norms to attack in, with blanks between (=)", words)
-    attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=ATTACKS)
+    attacks: str = _attack("standard", "standard: APGD-CE, APGD-T (L1: a brief run first); quick: the same, hopeless runs dropped; fast: one APGD-CE; autoattack: standard, FAB-T, Square (=)", choices=ATTACKS)
+    effort: int | None = _attack(None, "quick: from 1, little, to 10, at which nothing is dropped; more never gives a higher accuracy (3)", between(1, 10))
     n_iter: int = _attack(100, "steps of each APGD run; L1 is attacked in three stages (=)", between(4, 10**5))
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", between(1, 1000))
     n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", _runs)
@@ -206,6 +207,7 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
 EVAL_RULES: Rules = (
     ("model_name", lambda c: not c.model_name, "name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth"),
     ("robustbench_json", lambda c: c.robustbench_json and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
+    ("effort", lambda c: c.effort and c.attacks != "quick", "it is the dial of --attacks=quick, add that"),
     ("curve", lambda c: c.curve and c.union_only, "it needs each norm's accuracy, which --union_only leaves out; give one of them"),
 )
 # fmt: on

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import nn
 
+from attacks.early_stop import DEFAULT_EFFORT
 from attacks.network import Examples, Network
 from attacks.results import AttackPlan, table
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
@@ -152,9 +153,8 @@ def evaluate_and_report(
 
 def attack_plan(config: EvalConfig) -> AttackPlan:
     """What the flags ask for."""
-    return AttackPlan(
-        config.attacks, config.n_iter, config.n_restarts, config.n_targets, config.union_only, config.seed
-    )
+    numbers = config.n_iter, config.n_restarts, config.n_targets
+    return AttackPlan(config.attacks, *numbers, config.union_only, config.seed, config.effort or DEFAULT_EFFORT)
 
 
 def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:

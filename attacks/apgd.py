@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -224,6 +225,7 @@ class APGD:
         self.tables = _Tables.of(self.controller.check_points, hashable, like.device, dtype)
         self.ticks = len(self.tables.eps)
         self.counts_from = self.ticks - stages[-1][1] - 1
+        self.stage_starts = [0, *accumulate(steps + 1 for _, steps in stages[:-1])]
 
     def begin(self, x: Tensor, delta_init: Tensor | None = None, together: bool = False) -> APGDState:
         """Rows whose first iterate is x (B, ...), or the projection of x + delta_init.

@@ -9,6 +9,9 @@ from .apgd import Model
 from .losses import cross_entropy
 from .results import Evaluation, wilson_interval
 
+LATE = 0.3, 0.75  # of a run's steps: few break an example later, with one radius and with three
+CLOSE, MANY = 0.02, 0.05  # a margin near zero; so large a part of the images is many
+
 
 def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
     """What is wrong with the network's logits of x (B, ...), y (B,), all on its device. Costs two forward and one backward passes."""
@@ -40,13 +43,31 @@ def network_warnings(model: Model, x: Tensor, y: Tensor) -> list[str]:
 
 def result_warnings(evaluation: Evaluation) -> list[str]:
     """Figures that should not be believed: no better than chance, logits or gradients that were not finite, runs that were too few."""
-    found = [*_chance_warnings(evaluation), *_not_finite_warnings(evaluation)]
+    found = [*_chance_warnings(evaluation), *_not_finite_warnings(evaluation), *_early_stop_warnings(evaluation)]
     for threat, log in evaluation.logs.items():
         apgd = [number for number, run in enumerate(log.runs) if run.kind in ("CE", "T")]
         broken = int((log.broken_by == apgd[-1]).sum()) if len(apgd) > 1 else 0
         if broken > max(1, len(evaluation.clean) / 100):
             last = f"{threat}: the last of {len(apgd)} runs still broke {broken} images"
             found.append(f"{last}; give it more (--n_restarts, --n_targets, --n_iter)")
+    return found
+
+
+def _early_stop_warnings(evaluation: Evaluation) -> list[str]:
+    """Reasons not to believe that what was dropped was hopeless: many examples broken late, or standing with a margin near zero."""
+    found: list[str] = []
+    for threat, log in evaluation.logs.items() if evaluation.plan.early_stop else ():
+        full = torch.tensor([not run.scout and run.kind != "brief" for run in log.runs])
+        passes = (log.passes * full).gather(1, log.broken_by.clamp(min=0)[:, None])[:, 0]
+        late = int((log.broken & (passes > LATE[threat.spec.brief_first] * evaluation.plan.n_iter)).sum())
+        near = int((evaluation.robust(threat) & (log.reach.amax(1) > -CLOSE)).sum())
+        enough = max(2.0, MANY * len(evaluation.clean))
+        told = [f"{late} images were broken late in a run"] if late > enough else []
+        told += [f"{near} that stand were nearly broken"] if near > enough else []
+        if told:
+            found.append(
+                f"{threat}: {' and '.join(told)}, so runs may have been dropped too early; use --attacks=standard"
+            )
     return found
 
 

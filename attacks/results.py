@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .early_stop import DEFAULT_EFFORT, EarlyStop
 from .norms import NORMS
 from .threat import Threat
 
 Z95 = 1.959963984540054  # 97.5 % of the normal distribution lie below
 APGD_KINDS = ("CE", "T", "brief")
-ATTACKS = ("standard", "fast", "autoattack")
+ATTACKS = ("standard", "quick", "fast", "autoattack")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class AttackRun:
 
     kind: str
     number: int = 0  # of the restart, from 0, or of the target, from 1
+    scout: bool = False  # in a fifth of the steps, to see whether the run itself is worth it
 
     def __str__(self) -> str:
         names = {
@@ -29,7 +31,7 @@ class AttackRun:
             "T": f"APGD-T target {self.number}",
             "brief": "APGD-CE, one radius, a fifth of the steps",
         }
-        return names.get(self.kind, self.kind)
+        return names.get(self.kind, self.kind) + (", a fifth of the steps" if self.scout else "")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class AttackPlan:
     n_targets: int | None = None
     union_only: bool = False  # an example broken under one norm is not attacked under the others
     seed: int = 0  # of the random starts
+    effort: int = DEFAULT_EFFORT  # of quick, from 1 to 10
+
+    @property
+    def early_stop(self) -> EarlyStop | None:
+        """What drops runs, or does not begin them; None if all are made in full."""
+        return EarlyStop.of(self.effort) if self.attacks == "quick" else None
 
     @property
     def upper_bound(self) -> bool:
@@ -53,23 +61,30 @@ class AttackPlan:
 
         standard: APGD-CE and APGD-T, 10 in all, 1 restart + 9 targets for Linf and L2, 5 + 5 for L1 (arXiv 2105.12508, section 5), where
         a brief run at the radius itself comes first: runs of three radii can break an example in their last 40 % alone, this one breaks
-        most of what breaks within a few steps. fast: one APGD-CE; autoattack: standard, then FAB-T and Square. n_restarts and n_targets
-        change the numbers; there are at most num_classes - 1 targets.
+        most of what breaks within a few steps. quick: the same as far as `early_stop` lets them, in L1 after a scout for APGD-CE and each
+        target. fast: one APGD-CE; autoattack: standard, then FAB-T and Square. n_restarts and n_targets change the numbers; there are at
+        most num_classes - 1 targets.
         """
         spec = NORMS[norm]
-        if self.attacks not in ATTACKS:
-            raise ValueError(f"unknown attacks {self.attacks!r}; choose one of {' '.join(ATTACKS)}")
-        if self.attacks == "autoattack" and not spec.pyautoattack:
-            raise ValueError(
-                f"pyautoattack, whose FAB-T and Square autoattack adds, knows no norm {norm}; take standard"
-            )
+        self._check(norm)
         restarts, targets = (1, 0) if self.attacks == "fast" else spec.restarts
         restarts = restarts if self.n_restarts is None else self.n_restarts
         targets = min(targets if self.n_targets is None else self.n_targets, num_classes - 1)
+        aimed = [AttackRun("T", number) for number in range(1, targets + 1)]
         runs = [AttackRun("brief")] if spec.brief_first and self.attacks != "fast" else []
-        runs += [AttackRun("CE", number) for number in range(restarts)]
-        runs += [AttackRun("T", number) for number in range(1, targets + 1)]
+        if self.attacks == "quick" and spec.brief_first:
+            runs += [replace(run, scout=True) for run in (AttackRun("CE"), *aimed)]
+        runs += [AttackRun("CE", number) for number in range(restarts)] + aimed
         return runs + ([AttackRun("FAB-T"), AttackRun("Square")] if self.attacks == "autoattack" else [])
+
+    def _check(self, norm: str) -> None:
+        """Raises ValueError for attacks that are unknown or not made for the norm."""
+        if self.attacks not in ATTACKS:
+            raise ValueError(f"unknown attacks {self.attacks!r}; choose one of {' '.join(ATTACKS)}")
+        if self.attacks == "autoattack" and not NORMS[norm].pyautoattack:
+            raise ValueError(
+                f"pyautoattack, whose FAB-T and Square autoattack adds, knows no norm {norm}; take standard"
+            )
 
 
 STANDARD = AttackPlan()
@@ -84,6 +99,8 @@ class Attempt:
     passes: int = 0  # forward passes so far
     broken: bool = False
     not_finite: bool = False  # was a logit or an entry of the gradient infinite or NaN at some step
+    dropped: bool = False  # as hopeless
+    reach: float = float("-inf")  # best margin at the radius itself, if it is known
 
 
 @dataclass
@@ -94,13 +111,14 @@ class AttackLog:
     passes: Tensor  # (N, R) int32: forward passes that the run spent on the example; 0: it was not made
     broken_by: Tensor  # (N,) int64: number of the run that broke it; -1: none did
     not_finite: Tensor  # (N,) bool: a logit or an entry of the gradient was infinite or NaN at some step
+    reach: Tensor  # (N, R) float32: best margin that the run reached at the radius itself; -inf: not known
     counts: dict[str, int] = field(default_factory=dict)  # what else was counted: stored, and summed over processes
 
     @classmethod
     def empty(cls, runs: list[AttackRun], n: int) -> AttackLog:
         """Before any run on n examples."""
-        passes = torch.zeros(n, len(runs), dtype=torch.int32)
-        return cls(runs, passes, torch.full((n,), -1), torch.zeros(n, dtype=torch.bool))
+        passes, reach = torch.zeros(n, len(runs), dtype=torch.int32), torch.full((n, len(runs)), float("-inf"))
+        return cls(runs, passes, torch.full((n,), -1), torch.zeros(n, dtype=torch.bool), reach)
 
     @property
     def broken(self) -> Tensor:
@@ -109,8 +127,8 @@ class AttackLog:
 
     @property
     def next_run(self) -> Tensor:
-        """(N,) int64: number of the first run that was not made on the example."""
-        return (self.passes > 0).sum(1)
+        """(N,) int64: number of the run after the last that was made on the example."""
+        return ((self.passes > 0) * torch.arange(1, len(self.runs) + 1)).amax(1)
 
     def add(self, finished: Sequence[Attempt]) -> None:
         """Note attempts that are over."""
@@ -120,6 +138,9 @@ class AttackLog:
                 self.broken_by[each.example] = each.run
             if each.not_finite:
                 self.not_finite[each.example] = True
+            if each.dropped:
+                self.counts["runs_dropped"] = self.counts.get("runs_dropped", 0) + 1
+            self.reach[each.example, each.run] = each.reach
 
 
 @dataclass

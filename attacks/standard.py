@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import losses
 from .apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, Model, finite, forward_backward, misclassified
 from .checks import result_warnings
+from .early_stop import CHECKS, EarlyStop, margin
 from .network import Examples, Network, clean_answers, failures_of
 from .norms import one_stage
 from .results import APGD_KINDS, STANDARD, AttackLog, AttackPlan, AttackRun, Attempt, Evaluation
@@ -117,8 +118,12 @@ class ThreatEvaluator:
         search = partial(APGD, threat.norm, top_fraction=EVALUATION_TOP_FRACTION, like=like)
         brief, full = one_stage(threat.eps, max(n_iter // 5, 1)), threat.spec.stages(threat.eps, n_iter)
         self.apgd_runs = sum(kind in APGD_KINDS for kind in kinds)
-        # Which runs are of which search: those before a number, the brief one's first.
-        self.searches = (search(stages=brief), kinds.count("brief")), (search(stages=full), self.apgd_runs)
+        # Which runs are of which search: those before a number, the brief one's first, then scouts.
+        scouts = kinds.count("brief") + sum(run.scout for run in log.runs)
+        self.searches = [(search(stages=brief), kinds.count("brief")), (search(stages=full), self.apgd_runs)]
+        if scouts > kinds.count("brief"):
+            self.searches.insert(1, (search(stages=threat.spec.stages(threat.eps, max(n_iter // 5, 4))), scouts))
+        self.rule = context.plan.early_stop
 
     def run(self, chosen: Tensor, first_only: bool = False) -> None:
         """Every run, or the first one only, on each of the examples chosen (N,) bool until one breaks it."""
@@ -143,8 +148,9 @@ class ThreatEvaluator:
             over = self._judge(search, state, rows)
             if bool(over.any()):
                 finished, left = rows.attempts(over), (~over).nonzero()[:, 0]
-                done += sum(last - each.run if each.broken else 1 for each in finished)
-                waiting.extend(self._finish(finished, last))
+                going_on = self._finish(finished, last)
+                done += sum(last - each.run for each in finished) - sum(last - each.run for each in going_on)
+                waiting.extend(going_on)
                 rows, state = rows.pick(left), state.pick(left.to(device, non_blocking=True))
             if len(rows):
                 search.move(state)
@@ -157,7 +163,22 @@ class ThreatEvaluator:
         """The first of the runs before number `last` that each of the examples chosen still needs, the earlier runs first."""
         next_run = self.log.next_run
         index = (chosen & ~self.log.broken & (next_run < last)).nonzero()[:, 0]
-        return deque(sorted(map(Attempt, next_run[index].tolist(), index.tolist())))
+        waiting = map(Attempt, next_run[index].tolist(), index.tolist())
+        return deque(sorted(self._begun(waiting, last)))
+
+    def _begun(self, attempts: Iterable[Attempt], last: int) -> Iterable[Attempt]:
+        """The attempts, each with the next run before number `last` that the rule begins, without those that have none."""
+        if self.rule is None:
+            return attempts
+        return [each for each in attempts if self._next(each, last)]
+
+    def _next(self, attempt: Attempt, last: int) -> bool:
+        """Set the attempt's run to the next one before number `last` that the rule begins; is there one?"""
+        assert self.rule is not None
+        reach = self.log.reach[attempt.example][None]
+        while attempt.run < last and not bool(self.rule.begins(self.log.runs, attempt.run, reach)):
+            attempt.run += 1
+        return attempt.run < last
 
     def _rows(self, new: Sequence[Attempt]) -> _Rows:
         """New rows, whose run of APGD-T aims at a place in the ranking, from 1."""
@@ -166,9 +187,12 @@ class ThreatEvaluator:
         )
         place = torch.tensor([log_run.number if log_run.kind == "T" else 0 for log_run in self.log.runs])[run]
         target = torch.where(place > 0, self.context.ranking[example, place].long(), UNTARGETED)
-        passes, not_finite = torch.zeros_like(run), torch.zeros_like(run, dtype=torch.bool)
+        passes, no = torch.zeros_like(run), torch.zeros_like(run, dtype=torch.bool)
+        unknown = torch.full((len(run),), float("-inf"))
         on_device = (value.to(self.network.device, non_blocking=True) for value in (self.examples.y[example], target))
-        return _Rows(run, example, passes, not_finite, not_finite.clone(), *on_device)
+        return _Rows(
+            run, example, passes, no, no.clone(), no.clone(), unknown, unknown.clone(), unknown.clone(), *on_device
+        )
 
     def _begin(self, search: APGD, new: Sequence[Attempt]) -> APGDState:
         """The search's state for new rows, at their random starts."""
@@ -191,11 +215,18 @@ class ThreatEvaluator:
             )
         search.receive(state, *finite(value, grad))
         not_finite = ~(logits.isfinite().all(1) & grad.flatten(1).isfinite().all(1))
-        wrong, not_finite = torch.stack([misclassified(logits, rows.y), not_finite]).cpu()
+        found = [misclassified(logits, rows.y), not_finite]
+        if self.rule:
+            *bools, margins = torch.stack([*(each.float() for each in found), margin(logits, rows.y)]).cpu()
+            wrong, not_finite = (each > 0 for each in bools)
+            rows.note(margins, search, self.rule)
+        else:
+            wrong, not_finite = torch.stack(found).cpu()
         rows.not_finite |= not_finite
         rows.broken = self._confirmed(x_adv, rows.y, rows.example, wrong & (rows.passes >= search.counts_from))
         rows.passes += 1
-        return rows.broken | (rows.passes >= search.ticks)
+        rows.dropped &= ~rows.broken & (rows.passes < search.ticks)
+        return rows.broken | rows.dropped | (rows.passes >= search.ticks)
 
     def _confirmed(self, x_adv: Tensor, y: Tensor, example: Tensor, wrong: Tensor) -> Tensor:
         """Of the misclassified (B,) images x_adv (B, ...) those that count, which the callback gets: (B,) bool.
@@ -245,8 +276,8 @@ class ThreatEvaluator:
         """Note runs that are over; their examples' next ones, of those before number `last`."""
         self.log.add(finished)
         self.context.callback.runs_finished(self.threat, finished)
-        going_on = [each for each in finished if not each.broken and each.run + 1 < last]
-        return [Attempt(each.run + 1, each.example) for each in going_on]
+        going_on = [Attempt(each.run + 1, each.example) for each in finished if not each.broken and each.run + 1 < last]
+        return list(self._begun(going_on, last))
 
 
 @dataclass
@@ -258,6 +289,10 @@ class _Rows:
     passes: Tensor  # (B,) int64
     broken: Tensor  # (B,) bool
     not_finite: Tensor  # (B,) bool
+    dropped: Tensor  # (B,) bool: by the rule, after this step
+    reach: Tensor  # (B,) float32: best margin at the radius itself
+    best: Tensor  # (B,) float32: best margin of this stage
+    half: Tensor  # (B,) float32: the same at half of the steps after which the rule is asked
     y: Tensor  # (B,) int64
     target: Tensor  # (B,) int64: the class that APGD-T aims at, else UNTARGETED
 
@@ -266,8 +301,18 @@ class _Rows:
 
     def attempts(self, chosen: Tensor) -> list[Attempt]:
         """The rows chosen (B,) bool."""
-        columns = (self.run, self.example, self.passes, self.broken, self.not_finite)
+        columns = (self.run, self.example, self.passes, self.broken, self.not_finite, self.dropped, self.reach)
         return [Attempt(*row) for row in zip(*(column[chosen].tolist() for column in columns), strict=True)]
+
+    def note(self, margins: Tensor, search: APGD, rule: EarlyStop) -> None:
+        """Margins (B,) of the rows' iterates, of which `passes` were judged before; asks the rule."""
+        starts = torch.tensor(search.stage_starts)
+        step = self.passes - starts[torch.searchsorted(starts, self.passes, right=True) - 1]
+        self.best = torch.where(step == 0, margins, torch.maximum(self.best, margins))
+        self.reach = torch.where(self.passes >= search.counts_from, self.best, self.reach)
+        self.dropped = rule.hopeless(self.best, self.half, step)
+        halves = torch.tensor([check // 2 for check in CHECKS])
+        self.half = torch.where(torch.isin(step, halves), self.best, self.half)
 
     def pick(self, index: Tensor) -> _Rows:
         """The rows `index` (positions on the host)."""

@@ -21,7 +21,7 @@ from attacks.results import STANDARD, AttackLog, AttackPlan, Evaluation
 from attacks.standard import EvaluationContext, OtherAttack, make_runs
 from attacks.threat import Threat
 from evaluation.curve import accuracy_curve, curve_logs, curve_warnings, make_curve_runs
-from evaluation.storage import Store
+from evaluation.storage import FOUND, Store
 from utils.checkpoint import fingerprint, tensors_fingerprint
 from utils.distributed import ALONE, Process, all_gather
 from utils.precision import Amp, autocast_model, with_cast_weights
@@ -128,14 +128,15 @@ def make_verified_runs(
 
 def gather(mine: Tensor, answers: CleanAnswers, logs: Mapping[Threat, AttackLog]) -> None:
     """Put every process' part, its examples `mine`, into the clean answers and the logs; with all warnings and the sums of counts."""
-    ours = [(log.passes[mine], log.broken_by[mine], log.not_finite[mine], log.counts) for log in logs.values()]
+    ours = [([getattr(log, name)[mine] for name in FOUND], log.counts) for log in logs.values()]
     parts = all_gather((mine, answers.right[mine], answers.not_finite[mine], ours, answers.warnings))
     for log in logs.values():
         log.counts = {}
     for index, right, odd, theirs, _ in parts:
         answers.right[index], answers.not_finite[index] = right, odd
-        for log, (passes, broken_by, not_finite, counts) in zip(logs.values(), theirs, strict=True):
-            log.passes[index], log.broken_by[index], log.not_finite[index] = passes, broken_by, not_finite
+        for log, (found, counts) in zip(logs.values(), theirs, strict=True):
+            for name, value in zip(FOUND, found, strict=True):
+                getattr(log, name)[index] = value
             for name, count in counts.items():
                 log.counts[name] = log.counts.get(name, 0) + count
     answers.warnings = list(dict.fromkeys(warning for *_, found in parts for warning in found))

@@ -23,7 +23,7 @@ from utils.distributed import run_on_rank0
 from utils.resume import WAIT, lock_run
 from utils.run_folder import new_folder, newest_folder
 
-FOUND = "passes", "broken_by", "not_finite"  # of an AttackLog: what a state holds of each example
+FOUND = "passes", "broken_by", "not_finite", "reach"  # of an AttackLog: what a state holds of each example
 SECONDS = 60.0  # between two states: what an abrupt end costs at most
 Logs = Mapping[Threat, AttackLog]
 
@@ -146,7 +146,7 @@ class Store(EvaluationCallback):
         for log in (self.logs[threat], self.kept[threat]):
             log.broken_by[failed] = -1
             if again:
-                log.passes[failed] = 0
+                log.passes[failed], log.reach[failed] = 0, float("-inf")
 
     def _found_before(self, files: Mapping[Threat, ImageFile]) -> tuple[int, dict[str, Any]]:
         """The number of the next state, and what all processes have found, by threat; makes the image files. Raises ValueError, OSError."""

@@ -63,7 +63,9 @@ def test_few_classes_are_told(classes: int) -> None:
 def test_runs_that_still_break_at_the_end(late: int, warned: bool) -> None:
     n, runs = 200, [AttackRun("CE"), AttackRun("T", 1)]
     broken_by = torch.tensor([1] * late + [0] * 50 + [-1] * (n - 50 - late))
-    log = AttackLog(runs, torch.ones(n, 2, dtype=torch.int32), broken_by, torch.zeros(n, dtype=torch.bool))
+    log = AttackLog(
+        runs, torch.ones(n, 2, dtype=torch.int32), broken_by, torch.zeros(n, dtype=torch.bool), torch.zeros(n, 2)
+    )
     told = result_warnings(Evaluation(torch.ones(n, dtype=torch.bool), {Threat("L2", 0.5): log}))
     assert len(told) == warned
     assert all("L2 0.5" in warning and str(late) in warning for warning in told)

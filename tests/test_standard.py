@@ -323,7 +323,7 @@ def test_what_is_no_images_and_labels_is_refused(network: nn.Module, x: Tensor, 
         robust_accuracy(network, x, y, {"L2": 0.4})
 
 
-@pytest.mark.parametrize(("attacks", "words"), [("autoattack", "eval.py"), ("quick", "unknown attacks 'quick'")])
+@pytest.mark.parametrize(("attacks", "words"), [("autoattack", "eval.py"), ("slow", "unknown attacks 'slow'")])
 def test_attacks_that_robust_accuracy_does_not_make(
     attacks: str, words: str, network: nn.Module, examples: Examples
 ) -> None:
