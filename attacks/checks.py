@@ -60,7 +60,8 @@ def _early_stop_warnings(evaluation: Evaluation) -> list[str]:
         full = torch.tensor([not run.scout and run.kind != "brief" for run in log.runs])
         passes = (log.passes * full).gather(1, log.broken_by.clamp(min=0)[:, None])[:, 0]
         late = int((log.broken & (passes > LATE[threat.spec.brief_first] * evaluation.plan.n_iter)).sum())
-        near = int((evaluation.robust(threat) & (log.reach.amax(1) > -CLOSE)).sum())
+        reach = log.reach.masked_fill(~full, float("-inf")).amax(1)
+        near = int((evaluation.robust(threat) & (reach > -CLOSE)).sum())
         enough = max(2.0, MANY * len(evaluation.clean))
         told = [f"{late} images were broken late in a run"] if late > enough else []
         told += [f"{near} that stand were nearly broken"] if near > enough else []

@@ -4,7 +4,7 @@ A margin is the difference of the largest other logit and the label's, over the 
 positive where the image is misclassified, and the same for logits times any number. After a few steps a run that would need a far larger
 rise than the last ones to become positive is dropped. In a stage of a larger radius (L1) that is judged by itself: what does not break an
 image in a larger ball does not in a smaller one. Where a norm has scouts, shorter runs with the same aim, a full run is begun only if its
-scout came near.
+scout came near, or rose so much that it may. Scouts, and L1's brief run, are short already and never dropped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 CHECKS = (6, 12, 25, 50)  # steps of a stage after which a run may be dropped
 RISE = 2.0  # the rise still hoped for, times the rise in the second half of the steps so far
+SCOUT_RISE = 0.5  # and after a scout, times its rise in its last stage
 RESERVE, NEAR = 0.1, 0.2  # at the default effort: a rise that is always hoped for; a scout's distance for a full run
 DEFAULT_EFFORT, FULL_EFFORT = 3, 10
 
@@ -53,7 +54,7 @@ class EarlyStop:
         return torch.isin(step, torch.tensor(CHECKS)) & (best + hoped < 0)
 
     def begins(self, runs: Sequence[Run], number: int, reach: Tensor) -> Tensor:
-        """(B,) bool: is the run worth it on examples whose earlier runs had the best margins reach (B, R) at the radius itself?"""
+        """(B,) bool: is the run worth it on examples of which an AttackLog tells reach (B, R)?"""
         run = runs[number]
         scouts = [i for i, each in enumerate(runs) if each.scout and each.kind == run.kind]
         own = [i for i in scouts if runs[i].number == run.number or run.kind == "CE"]

@@ -100,7 +100,7 @@ class Attempt:
     broken: bool = False
     not_finite: bool = False  # was a logit or an entry of the gradient infinite or NaN at some step
     dropped: bool = False  # as hopeless
-    reach: float = float("-inf")  # best margin at the radius itself, if it is known
+    reach: float = float("-inf")  # as in an AttackLog
 
 
 @dataclass
@@ -111,7 +111,8 @@ class AttackLog:
     passes: Tensor  # (N, R) int32: forward passes that the run spent on the example; 0: it was not made
     broken_by: Tensor  # (N,) int64: number of the run that broke it; -1: none did
     not_finite: Tensor  # (N,) bool: a logit or an entry of the gradient was infinite or NaN at some step
-    reach: Tensor  # (N, R) float32: best margin that the run reached at the radius itself; -inf: not known
+    reach: Tensor
+    """(N, R) float32: best margin that the run reached at the radius itself, of short ones what a full one may reach; -inf: not known."""
     counts: dict[str, int] = field(default_factory=dict)  # what else was counted: stored, and summed over processes
 
     @classmethod

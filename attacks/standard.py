@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import losses
 from .apgd import APGD, EVALUATION_TOP_FRACTION, APGDState, Model, finite, forward_backward, misclassified
 from .checks import result_warnings
-from .early_stop import CHECKS, EarlyStop, margin
+from .early_stop import CHECKS, SCOUT_RISE, EarlyStop, margin
 from .network import Examples, Network, clean_answers, failures_of
 from .norms import one_stage
 from .results import APGD_KINDS, STANDARD, AttackLog, AttackPlan, AttackRun, Attempt, Evaluation
@@ -188,11 +188,9 @@ class ThreatEvaluator:
         place = torch.tensor([log_run.number if log_run.kind == "T" else 0 for log_run in self.log.runs])[run]
         target = torch.where(place > 0, self.context.ranking[example, place].long(), UNTARGETED)
         passes, no = torch.zeros_like(run), torch.zeros_like(run, dtype=torch.bool)
-        unknown = torch.full((len(run),), float("-inf"))
+        unknown = (torch.full((len(run),), float("-inf")) for _ in range(4))
         on_device = (value.to(self.network.device, non_blocking=True) for value in (self.examples.y[example], target))
-        return _Rows(
-            run, example, passes, no, no.clone(), no.clone(), unknown, unknown.clone(), unknown.clone(), *on_device
-        )
+        return _Rows(run, example, passes, no, no.clone(), no.clone(), *unknown, *on_device)
 
     def _begin(self, search: APGD, new: Sequence[Attempt]) -> APGDState:
         """The search's state for new rows, at their random starts."""
@@ -219,7 +217,7 @@ class ThreatEvaluator:
         if self.rule:
             *bools, margins = torch.stack([*(each.float() for each in found), margin(logits, rows.y)]).cpu()
             wrong, not_finite = (each > 0 for each in bools)
-            rows.note(margins, search, self.rule)
+            rows.note(margins, search, self.rule if search is self.searches[-1][0] else None)
         else:
             wrong, not_finite = torch.stack(found).cpu()
         rows.not_finite |= not_finite
@@ -290,7 +288,8 @@ class _Rows:
     broken: Tensor  # (B,) bool
     not_finite: Tensor  # (B,) bool
     dropped: Tensor  # (B,) bool: by the rule, after this step
-    reach: Tensor  # (B,) float32: best margin at the radius itself
+    reach: Tensor  # (B,) float32: as in an AttackLog
+    first: Tensor  # (B,) float32: margin at the start of this stage
     best: Tensor  # (B,) float32: best margin of this stage
     half: Tensor  # (B,) float32: the same at half of the steps after which the rule is asked
     y: Tensor  # (B,) int64
@@ -304,13 +303,15 @@ class _Rows:
         columns = (self.run, self.example, self.passes, self.broken, self.not_finite, self.dropped, self.reach)
         return [Attempt(*row) for row in zip(*(column[chosen].tolist() for column in columns), strict=True)]
 
-    def note(self, margins: Tensor, search: APGD, rule: EarlyStop) -> None:
-        """Margins (B,) of the rows' iterates, of which `passes` were judged before; asks the rule."""
+    def note(self, margins: Tensor, search: APGD, rule: EarlyStop | None) -> None:
+        """Margins (B,) of the rows' iterates, of which `passes` were judged before; asks the rule, if the runs may be dropped."""
         starts = torch.tensor(search.stage_starts)
         step = self.passes - starts[torch.searchsorted(starts, self.passes, right=True) - 1]
+        self.first = torch.where(step == 0, margins, self.first)
         self.best = torch.where(step == 0, margins, torch.maximum(self.best, margins))
-        self.reach = torch.where(self.passes >= search.counts_from, self.best, self.reach)
-        self.dropped = rule.hopeless(self.best, self.half, step)
+        hoped = self.best if rule else self.best + SCOUT_RISE * (self.best - self.first)
+        self.reach = torch.where(self.passes >= search.counts_from, hoped, self.reach)
+        self.dropped = rule.hopeless(self.best, self.half, step) if rule else torch.zeros_like(self.dropped)
         halves = torch.tensor([check // 2 for check in CHECKS])
         self.half = torch.where(torch.isin(step, halves), self.best, self.half)
 
