@@ -105,7 +105,7 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--gradient_projection"], "--gradient_projection", "--attack=apgd"),
     ([*APGD, "--init_epochs=3", "--epochs=2"], "--init_epochs", "2 epochs"),
     ([*APGD, "--init_epochs=1", "--gradient_projection"], "--init_epochs", "--gradient_projection"),
-    ([*DIGITS, "--init_epochs=--"], "--init_epochs", "expected one argument"),
+    ([*DIGITS, "--init_epochs=--"], "--init_epochs", "argument --init_epochs"),
     ([*DIGITS, "--ema=1"], "--ema", "above 0 and below 1"),
     ([*DIGITS, "--grad_clip=0"], "--grad_clip", "above 0"),
     ([*DIGITS, "--save_every=0"], "--save_every", "above 0"),
