@@ -117,6 +117,7 @@ class TrainConfig(Config):
     workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", between(1, 256), resumable=True)
     check_images: bool = _data(False, "read every image file before training: one that can't be read is found now, not in hours (off)", resumable=True)
     n_ex_train: int | None = _data(None, "train on the first N examples (all)", positive_int)
+    n_ex_val: int | None = _data(None, "keep the last N training images out of training; --eval_freq attacks them as --attacks=quick does (none)", positive_int)
     extra_data: str | None = _data(None, "more training images: uncompressed npz with image and label, or Carmon et al.'s pickle (none)", resumable="same content")
     extra_fraction: float | None = _data(None, "fraction of each mini-batch that is --extra_data; an epoch stays one pass over the data set's own images (0.5)", fraction)
     batch_size: int = _data(128, "mini-batch size, over all processes (=)", _batch)
@@ -143,6 +144,7 @@ class TrainConfig(Config):
     scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
 
     eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", _often, resumable=True)
+    select: str | None = _eval(None, "keep the network of the best such accuracy on --n_ex_val as best.pth: union, average, clean or a norm (none)")
     n_ex_eval: int = _eval(200, "training images, and test images, of --eval_freq (=)", positive_int, resumable=True)
     final_eval: bool = _eval(False, "the standard evaluation of eval.py at the end (off)", resumable=True)
     n_ex_final: int | None = _eval(None, "test images of --final_eval (1000, or all if there are fewer)", positive_int, resumable=True)
@@ -202,6 +204,9 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("ema", lambda c: c.ema and c.gradient_projection, "with --gradient_projection weights are combined once an epoch, leave this flag out"),
     ("tensorboard", lambda c: c.tensorboard and find_spec("tensorboard") is None, "the package is missing: pip install tensorboard"),
     ("extra_fraction", lambda c: c.extra_fraction and not c.extra_data, "name the file of extra images with --extra_data"),
+    ("select", lambda c: c.select and not c.n_ex_val, "say how many training images to keep out for it with --n_ex_val"),
+    ("select", lambda c: c.select and not c.eval_freq, "say how often to evaluate with --eval_freq"),
+    ("select", lambda c: c.select and c.select not in ("union", "average", "clean", *c.eval_norms), "choose union, average, clean or one of --eval_norms"),
     ("batch_size", lambda c: c.extra_data and c.batch_size == 1, "with --extra_data a batch has two images or more, one of each kind"),
 )
 EVAL_RULES: Rules = (

@@ -55,6 +55,10 @@ class Split:
         """The first n examples."""
         return Split(self.images[:n], self.labels[:n], self.levels, self.padding, self.flip)
 
+    def last(self, n: int) -> Split:
+        """The last n > 0 examples."""
+        return Split(self.images[-n:], self.labels[-n:], self.levels, self.padding, self.flip)
+
     def in_memory(self, process: Process = ALONE) -> Split:
         """The split itself; a FolderSplit reads its files."""
         return self
@@ -90,6 +94,10 @@ class FolderSplit:
     def take(self, n: int) -> FolderSplit:
         """The first n examples; no file is read."""
         return replace(self, files=self.files[:n], labels=self.labels[:n])
+
+    def last(self, n: int) -> FolderSplit:
+        """The last n > 0 examples; no file is read."""
+        return replace(self, files=self.files[-n:], labels=self.labels[-n:])
 
     def in_memory(self, process: Process = ALONE) -> Split:
         """All images, prepared; every process reads a share of the files, by a thread for each core.
@@ -200,6 +208,14 @@ class Dataset:
     class_names: tuple[str, ...]
     extra: Extra | None = None
     notes: tuple[str, ...] = ()  # what users should know, a line each
+    val: Split | FolderSplit | None = None  # training images that are kept out of training
+
+    def hold_out(self, n: int) -> Dataset:
+        """The data set with its last n training images as `val`. Raises ValueError if none would be left to train on."""
+        left = len(self.train) - n
+        if left < 1:
+            raise ValueError(f"{self.name} has {len(self.train)} training images, {n} can't be kept out of training")
+        return replace(self, train=self.train.take(left), val=self.train.last(n))
 
     @property
     def num_classes(self) -> int:

@@ -67,11 +67,13 @@ PANELS = {  # of training: label of the y axis, key in a record and in its norms
     "running error": ("error so far (%)", "running_error", 100),
     "draw frequency": ("share of images (%)", "drawn", 100),
 }
-KINDS = {  # lines of an accuracy panel: where a record has them, line style
+KINDS: dict[str, tuple[str, str, Any]] = {  # lines of an accuracy panel: where a record has them, line style
     "test images": ("eval", "test", "-"),
     "training images": ("eval", "train", "--"),
     "test images, EMA": ("eval_ema", "test", "-."),
     "training images, EMA": ("eval_ema", "train", ":"),
+    "held-out images": ("eval", "val", (0, (5, 1))),
+    "held-out images, EMA": ("eval_ema", "val", (0, (5, 1, 1, 1))),
 }
 RESULTS = ("eval.json", "eval_ema.json")
 

@@ -41,7 +41,7 @@ from config import (
     resolved,
 )
 from training.evaluation import final_evaluation, quick_evaluation
-from training.metrics import HEADER, chance_warning, console_line, constant_loss, per_threat_sums
+from training.metrics import HEADER, best_networks, chance_warning, console_line, constant_loss, per_threat_sums
 from training.optim import set_lr
 from training.start import check_images, check_model, configured, load, new_run, resumed_run, run_to_resume
 from training.trainer import MicroBatches, Trainer
@@ -119,7 +119,9 @@ def finish_epoch(trainer: Trainer, board: Any) -> None:
     if trainer.process.is_rank0:
         report_epoch(trainer, record, board)
         if last or done % (config.save_freq or 1) == 0:
-            save_checkpoints(trainer, done)
+            save_checkpoints(trainer, f"ep_{done}")
+        for suffix in best_networks(list(json_lines(trainer.folder / "metrics.jsonl")), config.select):
+            save_checkpoints(trainer, "best", (suffix,))
     trainer.next_epoch()
 
 
@@ -136,14 +138,15 @@ def report_epoch(trainer: Trainer, record: dict[str, Any], board: Any) -> None:
         board.flush()
 
 
-def save_checkpoints(trainer: Trainer, epoch: int) -> None:
-    """Write ep_EPOCH.pth and, with --ema, ep_EPOCH_ema.pth. Raises NonFiniteError, OSError."""
-    for suffix, model in trainer.networks().items():
-        content = trainer.about | {"state_dict": model.state_dict(), "epoch": epoch}
+def save_checkpoints(trainer: Trainer, stem: str, suffixes: Sequence[str] = ("", "_ema")) -> None:
+    """Write STEM.pth and, with --ema, STEM_ema.pth, or one of them. Raises NonFiniteError, OSError."""
+    networks = {suffix: model for suffix, model in trainer.networks().items() if suffix in suffixes}
+    for suffix, model in networks.items():
+        content = trainer.about | {"state_dict": model.state_dict(), "epoch": trainer.epoch + 1}
         if trainer.config.save_optim and not suffix:
             content["optimizer"] = trainer.optimizer.state_dict()
         check_finite(model)
-        save_atomic(content, trainer.folder / f"ep_{epoch}{suffix}.pth")
+        save_atomic(content, trainer.folder / f"{stem}{suffix}.pth")
 
 
 def train(trainer: Trainer) -> None:

@@ -24,11 +24,18 @@ from utils.run_folder import environment, write_json
 
 
 def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
-    """{"train", "test"} -> `Evaluation.accuracies()` of the first --n_ex_eval images under one APGD-CE of 100 steps: upper bounds."""
+    """{"train", "test"} -> `Evaluation.accuracies()` of the first --n_ex_eval images under one APGD-CE of 100 steps: upper bounds.
+
+    And "val" of all --n_ex_val images under the quick attacks, if there are such.
+    """
     plan = AttackPlan("fast", seed=trainer.config.seed)
     splits = {"train": trainer.dataset.train, "test": trainer.dataset.test}
     parts = {name: split.take(trainer.config.n_ex_eval) for name, split in splits.items()}
-    return {name: evaluated(trainer, model, part, plan, None).accuracies() for name, part in parts.items()}
+    found = {name: evaluated(trainer, model, part, plan, None).accuracies() for name, part in parts.items()}
+    if val := trainer.dataset.val:
+        plan = AttackPlan("quick", seed=trainer.config.seed)
+        found["val"] = evaluated(trainer, model, val, plan, None).accuracies()
+    return found
 
 
 def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:

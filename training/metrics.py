@@ -169,3 +169,13 @@ def chance_warning(records: Sequence[Mapping[str, Any]], constant: float, epochs
         f"{constant:.2f}. The usual reasons: a learning rate too high or too low (--lr-max), radii that leave no class "
         "apart (--l_eps), labels that do not belong to the images"
     )
+
+
+def best_networks(records: Sequence[Mapping[str, Any]], select: str | None) -> list[str]:
+    """Suffixes ("", "_ema") of the networks whose accuracy `select` on --n_ex_val after the last of the records is above all before."""
+    found = []
+    for suffix in ("", "_ema") if select else ():
+        values = [record.get(f"eval{suffix}", {}).get("val", {}).get(select, {}).get("accuracy") for record in records]
+        if values[-1] is not None and all(value is None or value < values[-1] for value in values[:-1]):
+            found.append(suffix)
+    return found

@@ -109,6 +109,9 @@ def data_set(config: TrainConfig, spec: Spec, size: int | None) -> Dataset:
         if not len(dataset.train):
             raise ValueError(f"there is no folder train/ in {config.data_dir}: only eval.py can do without")
     print_on_rank0(*dataset.notes)
+    if config.n_ex_val:
+        with blame("--n_ex_val"):
+            dataset = dataset.hold_out(config.n_ex_val)
     if config.extra_data:
         with blame("--extra_data"):
             dataset = replace(dataset, extra=load_extra(config.extra_data, dataset))
