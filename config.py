@@ -205,7 +205,7 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("tensorboard", lambda c: c.tensorboard and find_spec("tensorboard") is None, "the package is missing: pip install tensorboard"),
     ("extra_fraction", lambda c: c.extra_fraction and not c.extra_data, "name the file of extra images with --extra_data"),
     ("select", lambda c: c.select and not c.n_ex_val, "say how many training images to keep out for it with --n_ex_val"),
-    ("select", lambda c: c.select and not c.eval_freq, "say how often to evaluate with --eval_freq"),
+    ("n_ex_val", lambda c: c.n_ex_val and not c.eval_freq, "nothing would look at these images; say how often to with --eval_freq"),
     ("select", lambda c: c.select and c.select not in ("union", "average", "clean", *c.eval_norms), "choose union, average, clean or one of --eval_norms"),
     ("batch_size", lambda c: c.extra_data and c.batch_size == 1, "with --extra_data a batch has two images or more, one of each kind"),
 )

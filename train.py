@@ -117,25 +117,27 @@ def finish_epoch(trainer: Trainer, board: Any) -> None:
         for suffix, model in trainer.networks().items():
             record[f"eval{suffix}"] = quick_evaluation(trainer, model)
     if trainer.process.is_rank0:
-        report_epoch(trainer, record, board)
+        records = report_epoch(trainer, record, board)
         if last or done % (config.save_freq or 1) == 0:
             save_checkpoints(trainer, f"ep_{done}")
-        for suffix in best_networks(list(json_lines(trainer.folder / "metrics.jsonl")), config.select):
+        for suffix in best_networks(records, config.select):
             save_checkpoints(trainer, "best", (suffix,))
     trainer.next_epoch()
 
 
-def report_epoch(trainer: Trainer, record: dict[str, Any], board: Any) -> None:
-    """An epoch's record in metrics.jsonl, on the console and on the TensorBoard; a warning if training sits at chance."""
+def report_epoch(trainer: Trainer, record: dict[str, Any], board: Any) -> list[dict[str, Any]]:
+    """An epoch's record in metrics.jsonl, on console and TensorBoard, a warning if training sits at chance; all epochs' records."""
     path, epochs = trainer.folder / "metrics.jsonl", trainer.config.epochs or 0
     append_json_line(path, record)
     print(console_line(record, epochs), flush=True)
-    if warning := chance_warning(list(json_lines(path)), constant_loss(trainer.dataset.train.labels), epochs):
+    records = list(json_lines(path))
+    if warning := chance_warning(records, constant_loss(trainer.dataset.train.labels), epochs):
         print(warning, flush=True)
     if board:
         for name, value in flat(record).items():
             board.add_scalar(name, value, record["epoch"])
         board.flush()
+    return records
 
 
 def save_checkpoints(trainer: Trainer, stem: str, suffixes: Sequence[str] = ("", "_ema")) -> None:

@@ -32,3 +32,4 @@ __all__ = [
     "Threat", "apgd", "cross_entropy", "dlr", "dlr_targeted", "margin_targeted", "msd", "network_warnings", "register_norm",
     "result_warnings", "robust_accuracy", "threats",
 ]  # fmt: skip
+__version__ = "0.1.0"

@@ -11,27 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .results import AttackRun
 
 CHECKS = (6, 12, 25, 50)  # steps of a stage after which a run may be dropped
 RISE = 2.0  # the rise still hoped for, times the rise in the second half of the steps so far
 SCOUT_RISE = 0.5  # and after a scout, times its rise in its last stage
 RESERVE, NEAR = 0.1, 0.2  # at the default effort: a rise that is always hoped for; a scout's distance for a full run
 DEFAULT_EFFORT, FULL_EFFORT = 3, 10
-
-
-class Run(Protocol):
-    """What is asked of a results.AttackRun."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-    @property
-    def scout(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -53,14 +45,14 @@ class EarlyStop:
         hoped = (RISE * (best - half)).clamp(min=self.reserve)
         return torch.isin(step, torch.tensor(CHECKS)) & (best + hoped < 0)
 
-    def begins(self, runs: Sequence[Run], number: int, reach: Tensor) -> Tensor:
-        """(B,) bool: is the run worth it on examples of which an AttackLog tells reach (B, R)?"""
+    def begins(self, runs: Sequence[AttackRun], number: int, reach: Sequence[float]) -> bool:
+        """Is the run worth it on an example of which an AttackLog tells reach (R)? One with a scout is if that came near."""
         run = runs[number]
         scouts = [i for i, each in enumerate(runs) if each.scout and each.kind == run.kind]
-        own = [i for i in scouts if runs[i].number == run.number or run.kind == "CE"]
-        if run.scout or not own:
-            return torch.ones(len(reach), dtype=torch.bool)
-        return reach[:, own[0]] > -self.near
+        own = [
+            i for i in scouts if run.kind == "CE" or runs[i].number == run.number
+        ]  # APGD-CE has one for all restarts
+        return run.scout or not own or reach[own[0]] > -self.near
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -175,8 +175,8 @@ class ThreatEvaluator:
     def _next(self, attempt: Attempt, last: int) -> bool:
         """Set the attempt's run to the next one before number `last` that the rule begins; is there one?"""
         assert self.rule is not None
-        reach = self.log.reach[attempt.example][None]
-        while attempt.run < last and not bool(self.rule.begins(self.log.runs, attempt.run, reach)):
+        reach = self.log.reach[attempt.example].tolist()
+        while attempt.run < last and not self.rule.begins(self.log.runs, attempt.run, reach):
             attempt.run += 1
         return attempt.run < last
 

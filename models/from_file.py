@@ -67,10 +67,15 @@ def from_file(
         if value not in (None, spec.get(key)):
             said = f"with --{key}={spec[key]}" if key in spec else f"without --{key}"
             raise ValueError(f"it was trained {said}, leave that flag out")
+    return replace(_matched(path, spec, found, function), about=_about(content))
+
+
+def _matched(path: Path, spec: Spec, found: list[Weights], function: str | None = None) -> Loaded:
+    """The network of a spec, with the first weights in the file that have its names and shapes. Raises ValueError."""
     model = _built(spec, function)
     weights, places = match(model, found)
     load_weights(model, weights.state)
-    return Loaded(model, spec, _about(content), _several(path, places))
+    return Loaded(model, spec, {}, _several(path, places))
 
 
 def _spec_in(content: Any) -> Spec:
@@ -94,11 +99,7 @@ def _plain(path: Path, found: list[Weights], dataset: str, flags: NetworkFlags) 
     told = dict(re.findall(r"(act|fts)=([\w.-]+)", f"{path.parent.name} {path.name}"))
     if not flags.arch and told.get("fts", "").startswith("RB_"):
         spec = robustbench_spec(told["fts"], dataset)
-        spec["threat"] = spec["threat"] or "Linf"
-        model = _built(spec, None)
-        weights, places = match(model, found)
-        load_weights(model, weights.state)
-        return Loaded(model, spec, {}, _several(path, places))
+        return _matched(path, spec | {"threat": spec["threat"] or "Linf"}, found)
     known = [each for weights in found for each in _recognized(weights)]
     if not known:
         raise ValueError(

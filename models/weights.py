@@ -21,10 +21,9 @@ COUNTER = "num_batches_tracked"  # PyTorch before 0.4.1 did not count BatchNorm'
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict in a file: the keys that lead to it, joined by dots (empty: the file itself), and what stands before each name."""
+    """A state dict in a file: the keys that lead to it, joined by dots (empty: the file itself)."""
 
     place: str
-    prefix: str
     state: StateDict
     others: tuple[str, ...] = ()  # names of the tensors beside it, under other prefixes
 
@@ -42,7 +41,7 @@ def weights_in(content: Any, word: str | None = None) -> list[Weights]:
         seen.add(id(part))
         inner = [(key, value) for key, value in part.items() if isinstance(key, str)]
         if state := {key: value for key, value in inner if isinstance(value, Tensor) and value.layout == torch.strided}:
-            found.append(Weights(place, "", state))
+            found.append(Weights(place, state))
         queue.extend((f"{place}.{key}".lstrip("."), value) for key, value in inner)
     if not found:
         raise ValueError("it holds no state dict (tensors by name, plain or under 'state_dict' or 'model')")
@@ -66,7 +65,7 @@ def prefixes(weights: Weights) -> Iterator[Weights]:
         heads |= {".".join(parts[:n]) + "." for n in range(1, len(parts))}
     for head in sorted(heads, key=lambda head: (head.count("."), head))[:MOST_PREFIXES]:
         state = {name.removeprefix(head): each for name, each in weights.state.items() if name.startswith(head)}
-        yield Weights(weights.place, head, state, tuple(name for name in weights.state if not name.startswith(head)))
+        yield Weights(weights.place, state, tuple(name for name in weights.state if not name.startswith(head)))
 
 
 def match(model: nn.Module, found: list[Weights]) -> tuple[Weights, list[str]]:

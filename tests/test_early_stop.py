@@ -155,17 +155,14 @@ class NaNGradient(TwoLayers):
         return super().forward(x + 0 * (x - x.detach()).abs().sqrt())
 
 
-@pytest.mark.parametrize("kind", [Quantised, Saturated, Noisy, NaNGradient])
-def test_masked_gradients_are_not_better_under_quick_without_a_warning(
-    kind: type[nn.Module], images: tuple[Tensor, Tensor]
-) -> None:
-    network = kind()
-    part = (images[0][:60], images[1][:60])
-    torch.manual_seed(1)
-    full, quick = found(network, part, n_iter=40), found(network, part, n_iter=40, attacks="quick")
-    better = any(int(quick.robust(t).sum()) > int(full.robust(t).sum()) for t in THREATS)
-    words = ("gradient", "NaN", "not the same", "random", "changes", "differ", "dropped too early")
-    assert not better or any(word in warning for word in words for warning in quick.warnings)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(Quantised, "gradient"), (Saturated, "gradient"), (Noisy, "random"), (NaNGradient, "infinite or NaN")],
+)
+def test_masked_gradients_are_warned_of(kind: type[nn.Module], words: str, images: tuple[Tensor, Tensor]) -> None:
+    """Whose accuracy may be far too high, under quick as under standard."""
+    quick = found(kind(), (images[0][:60], images[1][:60]), n_iter=40, attacks="quick")
+    assert any(words in warning for warning in quick.warnings), quick.warnings
 
 
 def test_it_is_warned_where_many_are_nearly_broken_or_broken_late(

@@ -88,9 +88,10 @@ def test_the_first_of_equal_epochs_is_kept(values: list[float | None], expected:
     [
         (["--select=union"], "--n_ex_val"),
         (["--select=union", "--n_ex_val=10"], "--eval_freq"),
+        (["--n_ex_val=10"], "--eval_freq"),
         (["--select=best", "--n_ex_val=10", "--eval_freq=1"], "choose union"),
-        (["--n_ex_val=100000"], "can't be kept out"),
-        (["--n_ex_val=10", "--n_ex_train=1297"], "--n_ex_train"),
+        (["--n_ex_val=100000", "--eval_freq=1"], "can't be kept out"),
+        (["--n_ex_val=10", "--eval_freq=1", "--n_ex_train=1297"], "--n_ex_train"),
     ],
 )
 def test_usage_errors(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from utils.distributed import print_on_rank0
 
 Amp = Literal["off", "bf16", "fp16"]
 AMPS: tuple[Amp, ...] = get_args(Amp)
@@ -62,10 +63,9 @@ def check_amp(device: torch.device, amp: Amp) -> None:
     """Raises ValueError if the device does not take the format; warns if it has no instructions for it."""
     if amp == "fp16" and device.type != "cuda":
         raise ValueError(f"fp16 is for CUDA devices; on {device.type} take bf16")
-    if amp == "bf16" and device.type == "cpu" and not cpu_has_bf16() and os.environ.get("RANK", "0") == "0":
-        print(
-            "WARNING: this processor has no bfloat16 instructions, --amp=bf16 is many times slower; leave it out",
-            flush=True,
+    if amp == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        print_on_rank0(
+            "WARNING: this processor has no bfloat16 instructions, --amp=bf16 is many times slower; leave it out"
         )
 
 
