@@ -117,7 +117,7 @@ class TrainConfig(Config):
     workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", between(1, 256), resumable=True)
     check_images: bool = _data(False, "read every image file before training: one that can't be read is found now, not in hours (off)", resumable=True)
     n_ex_train: int | None = _data(None, "train on the first N examples (all)", positive_int)
-    n_ex_val: int | None = _data(None, "keep the last N training images out of training; --eval_freq attacks them as --attacks=quick does (none)", positive_int)
+    n_ex_val: int | None = _data(None, "keep the last N training images out of training; --eval_freq evaluates on them too (none)", positive_int)
     extra_data: str | None = _data(None, "more training images: uncompressed npz with image and label, or Carmon et al.'s pickle (none)", resumable="same content")
     extra_fraction: float | None = _data(None, "fraction of each mini-batch that is --extra_data; an epoch stays one pass over the data set's own images (0.5)", fraction)
     batch_size: int = _data(128, "mini-batch size, over all processes (=)", _batch)
@@ -143,10 +143,10 @@ class TrainConfig(Config):
     l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm; goes before --at_iter (--at_iter)", between(1, 10_000, several=True))
     scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
 
-    eval_freq: int = _eval(0, "evaluate with APGD-CE, 100 steps, every N epochs and after the last; 0: never (=)", _often, resumable=True)
+    eval_freq: int = _eval(0, "evaluate as eval.py --attacks=quick does, every N epochs and after the last; 0: never (=)", _often, resumable=True)
     select: str | None = _eval(None, "keep the network of the best such accuracy on --n_ex_val as best.pth: union, average, clean or a norm (none)")
     n_ex_eval: int = _eval(200, "training images, and test images, of --eval_freq (=)", positive_int, resumable=True)
-    final_eval: bool = _eval(False, "the standard evaluation of eval.py at the end (off)", resumable=True)
+    final_eval: bool = _eval(False, "the standard evaluation of eval.py at the end, with --select of best.pth (off)", resumable=True)
     n_ex_final: int | None = _eval(None, "test images of --final_eval (1000, or all if there are fewer)", positive_int, resumable=True)
     eval_norms: tuple[str, ...] = _eval(tuple(NORMS), "norms of --eval_freq and --final_eval (=)", words)
     eval_eps: tuple[float, ...] | None = _eval(None, "radius for each of --eval_norms (those of training, else the data set's)", _radii)

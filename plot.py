@@ -4,7 +4,7 @@ python plot.py runs/RUN                                               one run, p
 python plot.py runs/A runs/B results/C --labels='E-AT Linf start'     side by side, pictures in ./plots
 
 RUN is a run folder of train.py, which may still be training, or a result folder of eval.py (second picture only).
-A hollow point of the second picture is an upper bound: APGD-CE alone, from the run's last --eval_freq or from --attacks=fast.
+A hollow point of the second picture is less than the standard evaluation: the run's last --eval_freq, --attacks=quick or fast.
 EMA: averaged weights, where a run has figures of theirs (eval_ema). Bands (test images of a single run) and bars are 95 % intervals.
 """
 
@@ -107,7 +107,7 @@ class Point:
     label: str
     rows: dict[str, dict[str, float]]
     setting: str
-    bound: bool  # its union is an upper bound
+    partial: bool  # not all attacks were made
     averaged: bool  # EMA
 
 
@@ -242,7 +242,7 @@ def draw_panel(axes: Axes, drawn: Sequence[Curve], shades: Sequence[Any]) -> Non
         axes.set_axis_off()
         return
     name = drawn[0].panel
-    accuracy = f"accuracy, {name}" if name == "clean" else f"accuracy, {name} (upper bound)"
+    accuracy = f"accuracy, {name}" if name == "clean" else f"accuracy, {name} (--eval_freq)"
     title, label = (name, PANELS[name][0]) if name in PANELS else (accuracy, "accuracy (%)")
     axes.set(title=title, xlabel="epoch", ylabel=label)
     for curve in drawn:
@@ -298,16 +298,15 @@ def points(runs: Sequence[Run]) -> Iterator[Point]:
             result, quick = run.files.get(f"{name}.json", {}), list(series(run, name, "test").values())
             rows, settings = result.get("accuracy", {}), result.get("settings", {})
             radii = {norm: about["eps"] for norm, about in result.get("norms", {}).items()}
-            bound = settings.get("attacks") == "fast" or bool(rows.get("union", {}).get("upper_bound"))
+            partial = settings.get("attacks") in ("fast", "quick") or bool(rows.get("union", {}).get("upper_bound"))
             if "union" not in rows and quick:
-                rows, settings, bound = quick[-1], run.files.get("config.json", {}), True
+                rows, settings, partial = quick[-1], run.files.get("config.json", {}), True
                 norms = [row for row in rows if row not in ("clean", "average", "union")]
                 radii = dict(zip(norms, settings.get("eval_eps", []), strict=False))
             if "union" in rows:
                 threats = ", ".join(f"{norm} {radii[norm]:.4g}" for norm in in_order(radii))
-                yield Point(
-                    number, run.label + more, rows, as_text(f"{settings.get('dataset')}: {threats}"), bound, bool(more)
-                )
+                setting = as_text(f"{settings.get('dataset')}: {threats}")
+                yield Point(number, run.label + more, rows, setting, partial, bool(more))
 
 
 def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
@@ -320,7 +319,7 @@ def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
         colour, clean, union = shades[point.run], point.rows["clean"], point.rows["union"]
         axes.hlines(y, clean["low"], clean["high"], colour, linewidth=0.8, alpha=0.5)
         axes.vlines(x, union["low"], union["high"], colour, linewidth=0.8, alpha=0.5)
-        inside = "white" if point.bound else colour
+        inside = "white" if point.partial else colour
         axes.plot(x, y, "D" if point.averaged else "o", color=colour, markerfacecolor=inside, markersize=6)
     axes.set(xlabel="clean accuracy (%)", ylabel="accuracy on the union of the threats (%)")
     axes.set_title(settings[0] if len(settings) == 1 else "settings differ: not comparable")
@@ -336,8 +335,8 @@ def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
 def tradeoff_handles(found: Sequence[Point]) -> list[Line2D]:
     """What the marks mean that are there."""
     marks = (
-        ("full evaluation", "o", GREY, [not point.bound for point in found]),
-        ("APGD-CE, upper bound", "o", "white", [point.bound for point in found]),
+        ("full evaluation", "o", GREY, [not point.partial for point in found]),
+        ("quick or fast attacks", "o", "white", [point.partial for point in found]),
         ("EMA", "D", GREY, [point.averaged for point in found]),
     )
     there = [handle(label, marker=m, markerfacecolor=c, linestyle="") for label, m, c, seen in marks if any(seen)]

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import eval as eval_script
 from attacks import AttackPlan, Evaluation, Threat, result_warnings, robust_accuracy
 from attacks.early_stop import CHECKS, EarlyStop, margin
+from attacks.network import Examples
 from data import load_dataset
+from evaluation.evaluate import EvaluationOptions, evaluate
 
 N = 120
 THREATS = [Threat("Linf", 0.1), Threat("L2", 0.4), Threat("L1", 2.0)]
@@ -219,3 +221,20 @@ def test_an_interrupted_one_goes_on_with_what_its_runs_reached(tmp_path: Path, m
     for norm in one["norms"]:
         assert one["norms"][norm]["forward_passes"] == other["norms"][norm]["forward_passes"]
         assert one["norms"][norm]["counts"]["runs_dropped"] >= 1
+
+
+def test_the_security_curve_drops_runs_too(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    examples, options = Examples((255 * x).round().to(torch.uint8), y, 255), EvaluationOptions(curve=True)
+    passes, curves = [], []
+    for attacks in ("fast", "quick"):
+        spent: list[int] = []
+        counted = nn.Sequential(network)
+        counted.register_forward_hook(lambda _, args, __, spent=spent: spent.append(len(args[0])))
+        plan = AttackPlan(attacks, n_restarts=1, n_targets=0)
+        curves.append(evaluate(counted.eval(), examples, THREATS[:2], plan, options).curve)
+        passes.append(sum(spent))
+    assert passes[1] * 3 < passes[0]
+    for threat in THREATS[:2]:
+        for (_, full), (_, less) in zip(curves[0][threat], curves[1][threat], strict=True):
+            assert 0 <= less - full <= 100 * 1.01 / N

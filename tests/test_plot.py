@@ -89,7 +89,7 @@ def texts(figure: Figure) -> list[str]:
 def test_a_runs_lines_are_its_metrics() -> None:
     figure = plot.draw_training(read(make_run("a", [record(n, tested=n > 1) for n in (1, 2, 3)])))
     found = panels(figure)
-    tested = ["accuracy, clean", *(f"accuracy, {n} (upper bound)" for n in ("Linf", "L2", "L1", "average", "union"))]
+    tested = ["accuracy, clean", *(f"accuracy, {n} (--eval_freq)" for n in ("Linf", "L2", "L1", "average", "union"))]
     assert list(found) == [*plot.PANELS, *tested]
     blue, red = "#0072b2", "#d55e00"
     loss = found["training loss"]
@@ -102,7 +102,7 @@ def test_a_runs_lines_are_its_metrics() -> None:
     assert drawn(found["draw frequency"]) == [[(1, 50), (2, 50), (3, 50)]] * 2
     assert drawn(found["learning rate"]) == [[(1, 0.1), (2, 0.05), (3, pytest.approx(0.1 / 3))]]
     assert found["learning rate"].get_yscale() == "log"
-    union = found["accuracy, union (upper bound)"]
+    union = found["accuracy, union (--eval_freq)"]
     assert drawn(union, linestyle="-") == [[(2, 47), (3, 48)]]
     assert drawn(union, linestyle="--") == [[(2, 57), (3, 58)]]
     [band] = union.collections
@@ -204,7 +204,7 @@ def test_tradeoff_points_intervals_and_upper_bounds() -> None:
     assert bars[:2] == [[(71, 65), (85, 65)], [(80, 56), (80, 70)]]
     assert [text.get_text() for text in axes.texts] == ["full", "full EMA", "quick", "fast"]
     assert axes.get_title() == "digits: Linf 0.1, L2 0.4, L1 2"
-    assert texts(figure) == ["full evaluation", "APGD-CE, upper bound", "EMA", "95 % intervals"]
+    assert texts(figure) == ["full evaluation", "quick or fast attacks", "EMA", "95 % intervals"]
 
 
 def test_what_cannot_be_compared_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+import eval as eval_script
 import train
 from data import load_dataset
 from training.metrics import best_networks
 from utils.checkpoint import load_tensors
+from utils.signals import Interrupted
 
 FLAGS = [
     "--dataset=digits",
@@ -101,3 +104,26 @@ def test_usage_errors(flags: list[str], word: str, capsys: pytest.CaptureFixture
     assert stop.value.code == 2
     assert error.count("\n") == 1
     assert word in error
+
+
+def test_the_final_evaluation_is_of_the_best_network_also_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*FLAGS, "--final_eval", "--n_ex_final=30", "--eval_norms=L1", "--select=clean", "--lr-max=3"]
+    folder = train.main(flags)
+    assert load_tensors(folder / "best.pth")["epoch"] < 4  # at this learning rate the last network is not the best
+    result = json.loads((folder / "eval.json").read_text())
+    assert result["settings"]["model_name"] == str(folder / "best.pth")
+    again = eval_script.main([f"--model_name={folder / 'best.pth'}", "--n_ex=30", "--l_norms=L1", "--device=cpu"])
+    assert result["outcomes"] == json.loads((again / "eval.json").read_text())["outcomes"]
+
+    def stop(_: object) -> None:  # after the attack on the best network, which the training state must not hold
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.evaluation.evaluation_json", stop)
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--save_dir=cut"])
+    [cut] = Path("cut").iterdir()
+    train.main([f"--resume={cut}"])
+    assert result["outcomes"] == json.loads((cut / "eval.json").read_text())["outcomes"]
+    one, other = (load_tensors(path / "ep_4.pth")["state_dict"] for path in (folder, cut))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
 from evaluation.statistics import evaluation_json
 from training.trainer import Trainer
+from utils.checkpoint import load_tensors
 from utils.distributed import run_on_rank0
 from utils.modules import eval_mode, no_param_grad
 from utils.precision import full_precision
@@ -24,34 +26,32 @@ from utils.run_folder import environment, write_json
 
 
 def quick_evaluation(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
-    """{"train", "test"} -> `Evaluation.accuracies()` of the first --n_ex_eval images under one APGD-CE of 100 steps: upper bounds.
-
-    And "val" of all --n_ex_val images under the quick attacks, if there are such.
-    """
-    plan = AttackPlan("fast", seed=trainer.config.seed)
-    splits = {"train": trainer.dataset.train, "test": trainer.dataset.test}
-    parts = {name: split.take(trainer.config.n_ex_eval) for name, split in splits.items()}
-    found = {name: evaluated(trainer, model, part, plan, None).accuracies() for name, part in parts.items()}
-    if val := trainer.dataset.val:
-        plan = AttackPlan("quick", seed=trainer.config.seed)
-        found["val"] = evaluated(trainer, model, val, plan, None).accuracies()
-    return found
+    """{"train", "test"} -> `Evaluation.accuracies()` of the first --n_ex_eval images under the quick attacks; "val" of all --n_ex_val."""
+    plan, data, n = AttackPlan("quick", seed=trainer.config.seed), trainer.dataset, trainer.config.n_ex_eval
+    parts = {"train": data.train.take(n), "test": data.test.take(n)} | ({"val": data.val} if data.val else {})
+    return {name: evaluated(trainer, model, part, plan, None).accuracies() for name, part in parts.items()}
 
 
 def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
-    """The standard evaluation, printed and saved in the run's folder; continues one that an interrupted process began."""
+    """The standard evaluation, printed and saved in the run's folder; continues one that an interrupted process began.
+
+    Of the network after the last epoch, or with --select of the best one.
+    """
     start, config = time.time(), trainer.config
+    network = trainer.folder / f"{'best' if config.select else f'ep_{config.epochs}'}{suffix}.pth"
     folder = trainer.folder / suffix.removeprefix("_")
     run_on_rank0(lambda: folder.mkdir(exist_ok=True))
+    if config.select:
+        model = copy.deepcopy(model)  # the training state, which may be saved once more, is the last network's
+        model.load_state_dict(load_tensors(network)["state_dict"])
     test, plan = (
         trainer.dataset.test.take(config.n_ex_final or 0).in_memory(trainer.process),
         AttackPlan(seed=config.seed),
     )
     result = evaluated(trainer, model, test, plan, folder)
     if trainer.process.is_rank0:
-        network = f"{trainer.folder}/ep_{config.epochs}{suffix}.pth"
         settings = asdict(config) | {
-            "model_name": network,
+            "model_name": str(network),
             "n_ex": len(test),
             "attacks": "standard",
             "n_iter": plan.n_iter,
@@ -59,7 +59,7 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
         about = {"seconds": round(time.time() - start, 1), "settings": settings}
         content = evaluation_json(result) | about | {"environment": environment(trainer.process.device)}
         write_json(trainer.folder / f"eval{suffix}.json", content)
-        title = f"EMA, decay {config.ema}" if suffix else ""
+        title = ", ".join(["best"] * bool(config.select) + [f"EMA, decay {config.ema}"] * bool(suffix))
         print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
         names, labels = trainer.dataset.class_names, test.labels
         examples = Examples(test.images, labels, test.levels)

@@ -137,7 +137,7 @@ def console_line(record: dict[str, Any], epochs: int) -> str:
             figures = "  ".join(
                 f"{name} {row['accuracy']:.1f}{odd.get(name, '')}" for name, row in rows.items() if name != "average"
             )
-            lines.append(f"    {split}{kind.removeprefix('eval')} accuracy, upper bounds: {figures}")
+            lines.append(f"    {split}{kind.removeprefix('eval')} accuracy, quick attacks: {figures}")
     return "\n".join(lines)
 
 
