@@ -46,6 +46,7 @@ from utils.cli import (
     words,
 )
 from utils.image_files import CLASS_ORDERS, ClassOrder
+from utils.optimizers import OPTIMIZERS, OWN_FLAGS
 from utils.precision import AMPS, Amp
 from utils.schedules import lr_schedule
 from utils.text import printable
@@ -124,13 +125,20 @@ class TrainConfig(Config):
     accumulate: int = _data(1, "gradient-accumulation steps per batch, for less memory (=)", _batch)
 
     epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", _epochs)
-    lr_schedule: str | None = _opt(None, "piecewise, piecewise-ft, piecewise-A-B-..., superconverge (piecewise-70-10; fine-tuning: piecewise-ft)", dashed=True)
-    lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning: preact-resnet18 0.05, others 0.01, on imagenet 0.005, XCiT 1e-4)", _rate, dashed=True)
-    weight_decay: float | None = _opt(None, "of SGD; from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4)", between(0.0, 3.4e38))
+    optimizer: str = _opt("sgd", "sgd or adamw (=)", choices=OPTIMIZERS)
+    momentum: float | None = _opt(None, "of SGD (0.9)", between(0.0, 1.0))
+    nesterov: bool = _opt(False, "SGD with Nesterov's momentum (off)")
+    betas: tuple[float, ...] | None = _opt(None, "of AdamW, two numbers ('0.9 0.999')", between(0.0, 1.0, several=True))
+    lr_schedule: str | None = _opt(None, "piecewise, piecewise-ft, piecewise-A-B-..., superconverge, cosine, linear (piecewise-70-10; fine-tuning: piecewise-ft)", dashed=True)
+    lr_max: float | None = _opt(None, "peak learning rate (0.05; fine-tuning: preact-resnet18 0.05, others 0.01, on imagenet 0.005, XCiT 1e-4; adamw: 1e-3, fine-tuning 1e-4)", _rate, dashed=True)
+    warmup: float = _opt(0.0, "epochs in which the learning rate rises from 0 to the schedule's (=)", between(0.0, 1e6))
+    weight_decay: float | None = _opt(None, "from scratch not on biases and norm layers (5e-4; fine-tuning on imagenet: 1e-4; adamw: 0.05)", between(0.0, 3.4e38))
     lr_no_decay: float | None = _opt(None, "from scratch: constant learning rate of biases and norm layers, 1.0 in the authors' code (follows the schedule)", _rate)
     grad_clip: float | None = _opt(None, "clip the gradient to this L2 norm (no limit)", inside(0.0, 1e9))
     ema: float | None = _opt(None, "also keep an exponential moving average of the weights, with this decay, such as 0.999 (off)", fraction)
     sync_bn: bool = _opt(False, "BatchNorm statistics over all processes, as SyncBatchNorm (off)")
+    awp: float | None = _opt(None, "adversarial weight perturbation: the step's gradient is taken where weights are moved by this share of their norm, such as 0.005 (off)", inside(0.0, 1.0))
+    label_smoothing: float = _opt(0.0, "of the training loss' cross-entropy, not of the attack's (=)", between(0.0, 1.0))
     loss: str = _opt("ce", "ce: cross-entropy; trades: clean cross-entropy and KL divergence to the adversarial output (=)", choices=["ce", "trades"])
     trades_beta: float | None = _opt(None, "weight of TRADES' KL divergence (6)", inside(0.0, 1e6))
     init_epochs: int = _opt(0, "standard training in the first N of the --epochs (=)", _often)
@@ -139,6 +147,7 @@ class TrainConfig(Config):
     l_norms: tuple[str, ...] | None = _attack(None, "norms to train for, with blanks between ('Linf L1'; sat, avg, max, msd: 'Linf L2 L1')", words)
     multinorm: str | None = _attack(None, "scheme for several norms, as listed below (eat)", choices=SCHEMES)
     gradient_projection: bool = _attack(False, "RAMP's: each epoch is a pass of standard and a pass of adversarial training, whose updates are combined (off)")
+    eps_warmup: float | None = _attack(None, "radii grow from 0 over this first share of the training (they are full from the start)", inside(0.0, 1.0))
     at_iter: int | None = _attack(None, "attack steps, in every norm (10; fine-tuning on imagenet: 5, L1 15)", _steps)
     l_iters: tuple[int, ...] | None = _attack(None, "attack steps, one number per norm; goes before --at_iter (--at_iter)", between(1, 10_000, several=True))
     scheme_options: Mapping[str, float] = field(default_factory=dict)  # from the flags of SCHEMES' options
@@ -199,7 +208,10 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("gradient_projection", lambda c: not c.attack and c.gradient_projection, NO_ATTACK),
     ("init_epochs", lambda c: not c.attack and c.init_epochs, NO_ATTACK),
     ("loss", lambda c: not c.attack and c.loss != "ce", NO_ATTACK),
+    ("eps_warmup", lambda c: not c.attack and c.eps_warmup, NO_ATTACK),
     ("init_epochs", lambda c: c.init_epochs and c.gradient_projection, "with --gradient_projection half of every epoch is standard training, leave this flag out"),
+    ("betas", lambda c: c.betas and (len(c.betas) != 2 or max(c.betas) == 1), "two numbers below 1 are needed, such as '0.9 0.999'"),
+    ("nesterov", lambda c: c.nesterov and c.momentum == 0, "it needs a momentum above 0"),
     ("trades_beta", lambda c: c.trades_beta and c.loss != "trades", "it is the weight in TRADES' loss, add --loss=trades"),
     ("ema", lambda c: c.ema and c.gradient_projection, "with --gradient_projection weights are combined once an epoch, leave this flag out"),
     ("tensorboard", lambda c: c.tensorboard and find_spec("tensorboard") is None, "the package is missing: pip install tensorboard"),
@@ -250,9 +262,12 @@ def filled(config: AnyConfig, settings: Mapping[str, Any]) -> AnyConfig:
 def resolved(config: TrainConfig) -> TrainConfig:
     """The configuration with the published setting for each flag left out. Raises UsageError for flags that don't fit together."""
     check(config, TRAIN_RULES)
-    config = filled(_with_network(config), PUBLISHED[mode_of(config)])
-    if config.init_epochs > (config.epochs or 0):
-        raise UsageError("--init_epochs", f"there are {config.epochs} epochs in all")
+    usual = {"weight_decay": OPTIMIZERS[config.optimizer].weight_decay}
+    config = _with_optimizer(filled(_with_network(config), usual))
+    config = filled(config, PUBLISHED[mode_of(config)])
+    for name in ("init_epochs", "warmup"):
+        if getattr(config, name) > (config.epochs or 0):
+            raise UsageError(f"--{name}", f"there are {config.epochs} epochs in all")
     with blame("--lr-schedule"):
         lr_schedule(config.lr_schedule or "", 1.0)
     config = _with_attack(config)
@@ -277,6 +292,16 @@ def _with_network(config: TrainConfig) -> TrainConfig:
         return config
     width = network.width and (DATASETS[config.dataset].width or network.width)
     return filled(config, {"act": network.act, "width": width})
+
+
+def _with_optimizer(config: TrainConfig) -> TrainConfig:
+    """The optimizer's own flags. Raises UsageError for one of another optimizer."""
+    own = OPTIMIZERS[config.optimizer].flags
+    for name in OWN_FLAGS:
+        if name not in own and getattr(config, name):
+            owner = next(other for other, spec in OPTIMIZERS.items() if name in spec.flags)
+            raise UsageError(f"--{name}", f"it is a setting of --optimizer={owner}, leave it out")
+    return filled(config, own)
 
 
 def _with_attack(config: TrainConfig) -> TrainConfig:
@@ -342,12 +367,12 @@ def threats_of(
 
 def scheme_of(config: TrainConfig) -> Scheme:
     """The scheme that a resolved configuration names. Raises ValueError."""
-    if not config.attack:
-        return Scheme([])
-    threats = training_threats(config)
-    return make_scheme(
-        config.multinorm or "eat", threats, config.l_iters or (), config.scheme_options, config.trades_beta
-    )
+    scheme = Scheme([])
+    if config.attack:
+        name, threats, steps = config.multinorm or "eat", training_threats(config), config.l_iters or ()
+        scheme = make_scheme(name, threats, steps, config.scheme_options, config.trades_beta)
+    scheme.label_smoothing = config.label_smoothing
+    return scheme
 
 
 def training_threats(config: TrainConfig) -> list[Threat]:
@@ -383,7 +408,9 @@ def completed(config: TrainConfig, spec: Spec, dataset: Dataset) -> TrainConfig:
 
 
 def _lr_max(config: TrainConfig, spec: Spec) -> float:
-    """The published peak learning rate."""
+    """The published peak learning rate, or what is usual for another optimizer than SGD."""
+    if usual := OPTIMIZERS[config.optimizer].lr_max:
+        return usual[config.finetune_model]
     if mode_of(config) == "fine-tuning on imagenet":
         return 1e-4 if "xcit" in (config.model_name or "").lower() else 0.005
     network = find_network(spec.get("arch", ""))

@@ -20,6 +20,7 @@ import utils.installed  # noqa: F401
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,22 @@ def train_epoch(trainer: Trainer) -> None:
     for scheme, optimizer in trainer.phases():
         for batch in trainer.batches():
             trainer.before_step()
-            set_lr(optimizer, trainer.lr_at(trainer.progress(batch)))
+            set_lr(optimizer, trainer.lr_at(trainer.progress(batch.index)))
             micro_batches = trainer.adversarial_micro_batches(scheme, batch)
             optimizer.zero_grad()
             # Mean loss of the whole mini-batch: losses are summed here, and data parallelism averages gradients over the processes.
             weight = trainer.process.world_size / batch.size
-            sums = forward_backward(
-                trainer.train_model, scheme, micro_batches, weight, trainer.scaler, trainer.no_sync_unless
+            add_gradient = partial(
+                forward_backward,
+                trainer.train_model,
+                scheme,
+                micro_batches,
+                weight,
+                trainer.scaler,
+                trainer.no_sync_unless,
             )
+            with trainer.awp.perturbed(add_gradient) if trainer.awp else nullcontext():
+                sums = add_gradient()
             optimizer_step(optimizer, trainer.scaler, trainer.config.grad_clip)
             trainer.after_step(sums, batch)
 

@@ -9,7 +9,7 @@ kind nothing is copied to the device: the attack never synchronises with a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 
@@ -49,6 +49,7 @@ def apgd(
     delta_init: Tensor | None = None,
     top_fraction: float = TRAINING_TOP_FRACTION,
     stages: Stages | None = None,
+    radius_scale: Tensor | None = None,
 ) -> AttackResult:
     """APGD: the iterates of highest loss in n_iter steps (arXiv 2003.01690, algorithm 1; L1: arXiv 2103.01208).
 
@@ -56,7 +57,8 @@ def apgd(
 
     Starts at x, or at the projection of x + delta_init (B, ...). `top_fraction` is the
     fraction of the input's entries that the first L1 step moves, from any start. `stages`, if given, replace the
-    radius and n_iter; only iterates of the last stage count. The model should be in eval mode.
+    radius and n_iter; only iterates of the last stage count. `radius_scale`, of one element on the images' device, multiplies
+    every radius. The model should be in eval mode.
     Raises ValueError for a stage of no steps and for other shapes; on a CPU also for pixels outside [0, 1] and labels that are no class,
     which elsewhere would make the host wait.
 
@@ -65,7 +67,7 @@ def apgd(
     """
     x = x.detach()
     _check_inputs(x, y, delta_init)
-    run = APGD(threat.norm, stages or [(threat.eps, n_iter)], top_fraction, x)
+    run = APGD(threat.norm, stages or [(threat.eps, n_iter)], top_fraction, x, radius_scale)
     rows = run.begin(x, delta_init, together=True)
     broken = torch.zeros_like(y, dtype=torch.bool)
     x_adv = x
@@ -82,17 +84,24 @@ def apgd(
 
 
 def apgd_each(
-    model: Model, x: Tensor, y: Tensor, which: Tensor, threats: Sequence[Threat], n_iters: Sequence[int]
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    which: Tensor,
+    attacks: Sequence[tuple[Threat, int]],
+    radius_scale: Tensor | None = None,
 ) -> Tensor:
-    """x_best (B, ...) of APGD on cross-entropy, for example i in threats[which[i]], which (B,) int64: the same as `apgd` gives.
+    """x_best (B, ...) of APGD on cross-entropy, for example i in attacks[which[i]], which (B,) int64: the same as `apgd` gives.
+
+    attacks: threat models, each with its number of steps.
 
     Every threat moves every example, which is cheap, and the network is called once per step on the iterates selected by `which`, so
-    that no shape depends on values. If n_iters differ, all examples cost the passes of the longest.
+    that no shape depends on values. If the numbers of steps differ, all examples cost the passes of the longest.
     """
     x = x.detach()
-    runs = [APGD(t.norm, [(t.eps, n)], TRAINING_TOP_FRACTION, x) for t, n in zip(threats, n_iters, strict=True)]
+    runs = [APGD(t.norm, [(t.eps, n)], TRAINING_TOP_FRACTION, x, radius_scale) for t, n in attacks]
     all_rows = [run.begin(x, together=True) for run in runs]
-    last = max(n_iters)
+    last = max(n for _, n in attacks)
     for tick in range(last + 1):
         x_new = x + select_per_example([rows.delta for rows in all_rows], which)
         value, grad, _ = loss_and_grad(model, x_new, y, cross_entropy, with_grad=tick < last)
@@ -212,10 +221,13 @@ class APGD:
     """One kind of run: a norm and stages (radius, steps), each started at the projection of the previous stage's best iterate.
 
     A run evaluates `ticks` iterates: the start of each stage and one per step. Those from number `counts_from` on are in the last stage.
-    `like`: any tensor with device and type of the images. Raises ValueError for a stage of no steps.
+    `like`: any tensor with device and type of the images. `radius_scale`, of one element, multiplies every radius.
+    Raises ValueError for a stage of no steps.
     """
 
-    def __init__(self, norm: str, stages: Stages, top_fraction: float, like: Tensor) -> None:
+    def __init__(
+        self, norm: str, stages: Stages, top_fraction: float, like: Tensor, radius_scale: Tensor | None = None
+    ) -> None:
         if min(steps for _, steps in stages) < 1:
             raise ValueError(f"each stage of the attack needs at least one step, got {[n for _, n in stages]}")
         self.norm = NORMS[norm]
@@ -223,6 +235,8 @@ class APGD:
         dtype = torch.promote_types(like.dtype, torch.float32)  # radii in half precision would leave the ball
         hashable = tuple((radius, steps) for radius, steps in stages)
         self.tables = _Tables.of(self.controller.check_points, hashable, like.device, dtype)
+        if radius_scale is not None:
+            self.tables = replace(self.tables, eps=self.tables.eps * radius_scale)
         self.ticks = len(self.tables.eps)
         self.counts_from = self.ticks - stages[-1][1] - 1
         self.stage_starts = [0, *accumulate(steps + 1 for _, steps in stages[:-1])]

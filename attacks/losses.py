@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each example, (B,)."""
-    return F.cross_entropy(logits, y, reduction="none")
+    return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

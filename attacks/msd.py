@@ -17,11 +17,19 @@ TOP_FRACTION = 0.01
 STEPS_TO_CROSS = 5  # a threat's step is eps * this / n_iter: eps / 10 in 50 steps, as published for CIFAR-10
 
 
-def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: int) -> tuple[Tensor, Tensor]:
+def msd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threats: Sequence[Threat],
+    n_iter: int,
+    radius_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """x_adv (B, ...) of highest loss that a run from x meets, and the threat (B,) int64 whose step led there and whose ball holds it.
 
     Each step tries every threat's steepest one, projected on that threat's ball and the box, and keeps the one of highest loss:
-    n_iter backward and n_iter * (1 + number of threats) forward passes. The model should be in eval mode.
+    n_iter backward and n_iter * (1 + number of threats) forward passes. The model should be in eval mode. `radius_scale`, of one element,
+    multiplies every radius.
     """
     x = x.detach()
     delta, best = torch.zeros_like(x), torch.zeros_like(x)
@@ -29,7 +37,7 @@ def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: i
     value, grad, _ = loss_and_grad(model, x, y, cross_entropy, with_grad=True)
     best_value = value
     for step in range(n_iter):
-        tried = [_step(delta, grad, x, each, STEPS_TO_CROSS / n_iter) for each in threats]
+        tried = [_step(delta, grad, x, each, STEPS_TO_CROSS / n_iter, radius_scale) for each in threats]
         last = step + 1 == n_iter
         values = torch.stack([loss_and_grad(model, x + new, y, cross_entropy, with_grad=False)[0] for new in tried])
         value, chosen = values.max(0)
@@ -43,10 +51,13 @@ def msd(model: Model, x: Tensor, y: Tensor, threats: Sequence[Threat], n_iter: i
     return x + best, threat
 
 
-def _step(delta: Tensor, grad: Tensor, x: Tensor, threat: Threat, length: float) -> Tensor:
+def _step(delta: Tensor, grad: Tensor, x: Tensor, threat: Threat, length: float, scale: Tensor | None) -> Tensor:
     """delta after the threat's steepest step of length * eps among the entries that the box lets move, in ball and box."""
     eps = torch.full((len(x),), threat.eps, device=x.device, dtype=x.dtype)
+    size: Tensor | float = length * threat.eps
+    if scale is not None:
+        eps, size = eps * scale, size * scale
     keep = torch.full_like(eps, TOP_FRACTION * x[0].numel())
     at_edge = torch.where(grad > 0, x + delta >= 1, x + delta <= 0)
-    new = delta + length * threat.eps * threat.spec.steepest(torch.where(at_edge, 0, grad), keep)
+    new = delta + size * threat.spec.steepest(torch.where(at_edge, 0, grad), keep)
     return threat.spec.project(new, x, eps)

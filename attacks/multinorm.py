@@ -61,6 +61,7 @@ class Scheme:
     options: ClassVar[tuple[Option, ...]] = ()
     same_n_iter: ClassVar[bool] = False  # one attack for all norms, with one number of steps
     single: ClassVar[bool] = True  # one adversarial example per image, so that TRADES' loss can be used
+    label_smoothing: float = 0.0  # of the cross-entropies in `loss`
 
     def __init__(
         self, threats: Sequence[Threat], n_iters: Sequence[int] = (), options: Mapping[str, float] | None = None
@@ -93,7 +94,7 @@ class Scheme:
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Loss of each example (B,) from the logits (V, B, K) of its versions; the training step minimises the mean."""
-        return cross_entropy(logits[0], y)
+        return cross_entropy(logits[0], y, self.label_smoothing)
 
     def observe(self, correct: Sequence[float], seen: Sequence[float]) -> None:
         """Counts of a training step, one per threat: its adversarial examples (`seen`) and those classified correctly (`correct`).
@@ -197,7 +198,7 @@ class MixedEAT(EAT):
 
     def make_attacks(self) -> list[Attack]:
         """One, of all threats together."""
-        return [partial(apgd_each, threats=self.threats, n_iters=self.n_iters)]
+        return [partial(apgd_each, attacks=[*zip(self.threats, self.n_iters, strict=False)])]
 
     def attack(self, model: Model, x: Tensor, y: Tensor, sampled: Tensor) -> AdversarialBatch:
         """APGD in each example's sampled threat: V = 1."""
@@ -231,7 +232,12 @@ class Average(Scheme):
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy over the threats."""
-        return _cross_entropies(logits, y).mean(0)
+        return self.cross_entropies(logits, y).mean(0)
+
+    def cross_entropies(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Of each version: (V, B, K), (B,) -> (V, B)."""
+        flat = cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), self.label_smoothing)
+        return flat.view(logits.shape[:2])
 
 
 @register
@@ -293,7 +299,7 @@ class RAMP(Average):
         q, r = logits
         correct = (q.argmax(1) == y).float()
         scale = len(y) / correct.sum().clamp(min=1)
-        return _cross_entropies(logits, y).amax(0) + self.weight * correct * _kl(q, r) * scale
+        return self.cross_entropies(logits, y).amax(0) + self.weight * correct * _kl(q, r) * scale
 
 
 class Trades(Scheme):
@@ -318,7 +324,7 @@ class Trades(Scheme):
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of the clean image plus beta times the KL divergence."""
         clean, adversarial = logits
-        return cross_entropy(clean, y) + self.beta * _kl(clean, adversarial)
+        return cross_entropy(clean, y, self.label_smoothing) + self.beta * _kl(clean, adversarial)
 
 
 def make_scheme(
@@ -339,11 +345,6 @@ def make_scheme(
             f"{name} has a loss of its own; trades goes with the schemes that make one adversarial example per image"
         )
     return Trades(scheme, trades_beta)
-
-
-def _cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
-    """(V, B, K), (B,) -> (V, B)."""
-    return cross_entropy(logits.flatten(0, 1), y.repeat(len(logits))).view(logits.shape[:2])
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ SETTINGS: dict[str, list[str]] = {name: [f"--multinorm={name}"] for name in SCHE
     "fp16": ["--amp=fp16"],
     "gradient projection": ["--gradient_projection"],
     "init epochs": ["--init_epochs=1"],
+    "awp, adamw, growing radii": ["--awp=0.01", "--optimizer=adamw", "--eps_warmup=0.5", "--label_smoothing=0.1"],
     "relu, normalised": ["--act=relu", "--mean=0.3", "--std=0.4"],
 }
 # Kernels that CUDA does not launch: views and allocations.

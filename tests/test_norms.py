@@ -116,7 +116,7 @@ def test_the_attacks_of_training_take_it(network: nn.Module, examples: Examples)
     assert bool(threat.contains(x, found.x_best).all())
     assert int(found.broken.sum()) > int((network(x).argmax(1) != y).sum())
     which = torch.arange(N) % 2
-    mixed = apgd_each(network, x, y, which, [threat, l1], [5, 7])
+    mixed = apgd_each(network, x, y, which, [(threat, 5), (l1, 7)])
     expected = select_per_example([found.x_best, apgd(network, x, y, l1, n_iter=7).x_best], which)
     torch.testing.assert_close(mixed, expected)
     x_adv, whose = msd(network, x, y, [threat, l1], n_iter=6)

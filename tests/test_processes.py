@@ -123,9 +123,10 @@ def test_the_updates_of_several_processes_are_those_of_one(number: int, scheme: 
     assert json.loads((several / "env.json").read_text())["processes"] == number
 
 
-def test_pieces_add_up_to_the_batch(launch: Launch) -> None:
+@pytest.mark.parametrize("more", [[], ["--awp=0.01", "--eps_warmup=0.5"]])
+def test_pieces_add_up_to_the_batch(more: list[str], launch: Launch) -> None:
     """For a network whose statistics don't depend on the batch, in one process and in two."""
-    flags = [*network("flat"), "--n_ex_train=100", "--batch_size=48", "--epochs=2"]
+    flags = [*network("flat"), "--n_ex_train=100", "--batch_size=48", "--epochs=2", *more]
     one = train.main([*FLAGS, *flags])
     assert furthest(train.main([*FLAGS, *flags, "--accumulate=5"]) / "ep_2.pth", one / "ep_2.pth") < 1e-5
     assert furthest(together(launch, 2, *flags, "--accumulate=3") / "ep_2.pth", one / "ep_2.pth") < 1e-5
@@ -135,7 +136,7 @@ def test_all_processes_have_the_same_network_and_share_its_evaluation(launch: La
     """Statistics of their own points made one: the figures that each finds on its part are those of the checkpoint."""
     flags = ["--width=8", "--n_ex_train=400", "--batch_size=32", "--epochs=2", "--eval_freq=2", "--n_ex_eval=40"]
     folder = together(launch, 2, *flags, "--final_eval", "--n_ex_final=6")
-    result = eval_script.main([f"--model_name={folder}/ep_2.pth", "--attacks=fast", "--n_ex=40", "--device=cpu"])
+    result = eval_script.main([f"--model_name={folder}/ep_2.pth", "--attacks=quick", "--n_ex=40", "--device=cpu"])
     found = json.loads((result / "eval.json").read_text())["accuracy"]
     assert found["clean"]["accuracy"] > 20
     assert records(folder)[1]["eval"]["test"] == found

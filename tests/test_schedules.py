@@ -44,11 +44,24 @@ def test_superconverge() -> None:
     assert max(schedule(step / 1000) for step in range(1000)) == pytest.approx(0.1)
 
 
+def test_cosine_and_linear() -> None:
+    for name, values in {"cosine": (0.1, 0.05 + 0.05 / 2**0.5, 0.05), "linear": (0.1, 0.075, 0.05)}.items():
+        assert [lr_schedule(name, 0.1)(progress) for progress in (0, 0.25, 0.5)] == pytest.approx(values)
+        assert lr_schedule(name, 0.1)(0.9999) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "piecewise", "superconverge"])
+def test_warmup_rises_from_nothing_to_the_schedule(name: str) -> None:
+    plain, warm = lr_schedule(name, 0.1), lr_schedule(name, 0.1, warmup=0.2)
+    for progress in (0, 0.05, 0.1, 0.2, 0.6):
+        assert warm(progress) == pytest.approx(plain(progress) * min(progress / 0.2, 1))
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "",
-        "cosine",
+        "cosine-2",
         "Piecewise",
         "piecewise-",
         "piecewise-x",

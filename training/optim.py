@@ -1,4 +1,4 @@
-"""SGD with the published parameter groups, and the exponential moving average (EMA) of the weights."""
+"""The optimizer with its parameter groups, and the exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import nn, optim
 
 from config import TrainConfig
+from utils.optimizers import OPTIMIZERS
 
 
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, lr_no_decay: float | None
 ) -> list[dict[str, object]]:
-    """SGD groups as published for training from scratch: decay for weights, none for biases and norm layers (all 1-d parameters).
+    """Groups as published for training from scratch: decay for weights, none for biases and norm layers (all 1-d parameters).
 
     lr_no_decay, if given, is the second group's constant learning rate (1.0 in the authors' code); else it follows the schedule.
     """
@@ -74,12 +75,13 @@ def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def sgd(config: TrainConfig, model: nn.Module) -> optim.SGD:
-    """SGD with momentum 0.9, with the parameter groups of training from scratch or of fine-tuning."""
+def make_optimizer(config: TrainConfig, model: nn.Module) -> optim.Optimizer:
+    """That of --optimizer, with the parameter groups of training from scratch or of fine-tuning."""
     lr, decay = config.lr_max or 0.0, config.weight_decay or 0.0
     if config.finetune_model:
         groups: list[dict[str, object]] = [{"params": list(model.parameters()), "weight_decay": decay}]
     else:
         groups = parameter_groups(model, lr, decay, config.lr_no_decay)
-    fused = next(model.parameters()).device.type == "cuda"
-    return optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)
+    spec = OPTIMIZERS[config.optimizer]
+    own = {name: getattr(config, name) for name in spec.flags}
+    return spec.build(groups, lr=lr, fused=next(model.parameters()).device.type == "cuda", **own)

@@ -19,10 +19,11 @@ from attacks.multinorm import AdversarialBatch, Scheme
 from config import TrainConfig, scheme_of
 from data import BatchLoader, Dataset, mix, on_device
 from models import Spec
+from training.awp import AdversarialWeights
 from training.cuda_graphs import GraphedAttack
 from training.gradient_projection import GradientProjection
 from training.metrics import EpochMetrics, NonFiniteGuard
-from training.optim import EMA, sgd
+from training.optim import EMA, make_optimizer
 from utils.checkpoint import CheckpointManager, Stateful
 from utils.distributed import (
     Process,
@@ -71,13 +72,14 @@ class Trainer:
         rank = process.rank, process.world_size
         self.loader = BatchLoader(data, config.batch_size, config.seed, device, *rank, config.workers)
         self.batches_per_pass = len(self.loader)
-        self.lr_at = lr_schedule(config.lr_schedule or "", config.lr_max or 0.0)
-        self.optimizer = sgd(config, self.model)
+        self.lr_at = lr_schedule(config.lr_schedule or "", config.lr_max or 0.0, config.warmup / (config.epochs or 1))
+        self.optimizer = make_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.ema = EMA(self.model, config.ema) if config.ema else None
-        self.projection = (
-            GradientProjection(self.model, sgd(config, self.model)) if config.gradient_projection else None
-        )
+        self.awp = AdversarialWeights(self.model, config.awp) if config.awp else None
+        self.projection = None
+        if config.gradient_projection:
+            self.projection = GradientProjection(self.model, make_optimizer(config, self.model))
         self.metrics = EpochMetrics([threat.norm for threat in self.scheme.threats])
         self.guard = NonFiniteGuard([*map(str, self.scheme.threats), "clean"])
         self._wrap_model()
@@ -97,6 +99,9 @@ class Trainer:
         self.attack_model = self.metrics.passes.count(autocast_model(compiled, device, config.amp), trains=False)
         self.train_model = self.metrics.passes.count(autocast_model(parallel, device, config.amp), trains=True)
         self.no_sync_unless = partial(no_sync_unless, model=parallel)
+        self.radius_scale = torch.ones((), device=device)
+        if config.eps_warmup:
+            self.scheme.attacks[:] = [partial(attack, radius_scale=self.radius_scale) for attack in self.scheme.attacks]
         if device.type == "cuda" and not config.no_cuda_graphs:
             graphed = [GraphedAttack(attack, self.model, self.metrics.passes) for attack in self.scheme.attacks]
             self.scheme.attacks[:] = graphed
@@ -127,6 +132,7 @@ class Trainer:
         if self.step == self.phases_per_epoch * self.batches_per_pass:
             return  # resumed from a state saved after the epoch's last step, before its evaluation
         standard = Scheme(self.scheme.threats)
+        standard.label_smoothing = self.config.label_smoothing
         if not self.projection:
             yield standard if self.epoch < self.config.init_epochs else self.scheme, self.optimizer
             return
@@ -150,6 +156,10 @@ class Trainer:
     def adversarial_micro_batches(self, scheme: Scheme, batch: Batch) -> MicroBatches:
         """The scheme's adversarial examples, in micro-batches; the model in eval mode, no parameter gradients. Raises Interrupted."""
         rank, world_size = self.process.rank, self.process.world_size
+        if (
+            self.config.eps_warmup
+        ):  # in place: a CUDA graph reads it where it is; at the end of a step, so that no radius is 0
+            self.radius_scale.fill_(min(self.progress(batch.index + 1) / self.config.eps_warmup, 1.0))
         epoch_steps = self.phases_per_epoch * self.batches_per_pass
         draws = generator(self.config.seed, self.epoch, self.step)
         sampled = scheme.draw(batch.size, self.epoch * epoch_steps + self.step, draws).tensor_split(world_size)[rank]
@@ -161,9 +171,9 @@ class Trainer:
         with eval_mode(self.model), low_precision or no_param_grad(self.model), at_once:
             return [(scheme.attack(self.attack_model, x, y, sampled), y) for x, y, sampled in parts]
 
-    def progress(self, batch: Batch) -> float:
-        """Fraction of training done before this batch, in [0, 1), for the learning-rate schedule."""
-        done = self.epoch * self.batches_per_pass + batch.index
+    def progress(self, batch: int) -> float:
+        """Fraction of training done before the batch of this number, in [0, 1), for the learning-rate schedule."""
+        done = self.epoch * self.batches_per_pass + batch
         return done / ((self.config.epochs or 1) * self.batches_per_pass)
 
     def before_step(self) -> None:
