@@ -114,6 +114,7 @@ class TrainConfig(Config):
     arch: str | None = _net(None, networks)
     width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", between(1, 1024))
 
+    head: str | None = _net(None, "fine-tuning: put a new last layer with random weights in the place of this one, or of the one that is found: auto (auto if the data set has other classes)")
     dataset: str = _data("cifar10", "data set (=)", choices=DATASETS)
     workers: int | None = _data(None, "processes that read image files (8, or the cores if fewer)", between(1, 256), resumable=True)
     check_images: bool = _data(False, "read every image file before training: one that can't be read is found now, not in hours (off)", resumable=True)
@@ -125,6 +126,8 @@ class TrainConfig(Config):
     accumulate: int = _data(1, "gradient-accumulation steps per batch, for less memory (=)", _batch)
 
     epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", _epochs)
+    head_lr: float | None = _opt(None, "learning rate of a new last layer, in multiples of the others' (1)", inside(0.0, 1e6))
+    freeze_epochs: int = _opt(0, "train a new last layer alone in the first N of the --epochs (=)", _often)
     optimizer: str = _opt("sgd", "sgd or adamw (=)", choices=OPTIMIZERS)
     momentum: float | None = _opt(None, "of SGD (0.9)", between(0.0, 1.0))
     nesterov: bool = _opt(False, "SGD with Nesterov's momentum (off)")
@@ -203,6 +206,10 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("model_name", lambda c: not c.finetune_model and c.model_name, "add --finetune_model to start from this network (training from scratch takes none)"),
     ("weights", lambda c: not c.finetune_model and c.weights, "it says which weights to start from, add --finetune_model and --model_name"),
     ("width", lambda c: c.finetune_model and c.width, "a network to fine-tune has its own width, leave this flag out"),
+    ("head", lambda c: not c.finetune_model and c.head, "from scratch every layer is new, leave this flag out"),
+    ("head_lr", lambda c: not c.finetune_model and c.head_lr, "from scratch every layer is new, leave this flag out"),
+    ("freeze_epochs", lambda c: not c.finetune_model and c.freeze_epochs, "from scratch every layer is new, leave this flag out"),
+    ("freeze_epochs", lambda c: c.freeze_epochs and c.gradient_projection, "it does not go with --gradient_projection, leave one of them out"),
     ("lr_no_decay", lambda c: c.finetune_model and c.lr_no_decay, "fine-tuning decays all parameters alike, leave this flag out"),
     ("multinorm", lambda c: not c.attack and c.multinorm, NO_ATTACK),
     ("gradient_projection", lambda c: not c.attack and c.gradient_projection, NO_ATTACK),
@@ -265,7 +272,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     usual = {"weight_decay": OPTIMIZERS[config.optimizer].weight_decay}
     config = _with_optimizer(filled(_with_network(config), usual))
     config = filled(config, PUBLISHED[mode_of(config)])
-    for name in ("init_epochs", "warmup"):
+    for name in ("init_epochs", "freeze_epochs", "warmup"):
         if getattr(config, name) > (config.epochs or 0):
             raise UsageError(f"--{name}", f"there are {config.epochs} epochs in all")
     with blame("--lr-schedule"):
@@ -397,6 +404,9 @@ def completed(config: TrainConfig, spec: Spec, dataset: Dataset) -> TrainConfig:
     ):
         if asked and asked > there:
             raise UsageError(name, f"{config.dataset} has {there} such images, {asked} were asked for")
+    for name in ("head_lr", "freeze_epochs"):
+        if getattr(config, name) and "head" not in spec:
+            raise UsageError(f"--{name}", "the network keeps its last layer; --head=auto puts a new one in its place")
     settings = {
         "image_size": dataset.shape[1] if of_files else None,
         "n_ex_train": len(dataset.train),

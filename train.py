@@ -58,12 +58,12 @@ from utils.text import printable
 
 def train_epoch(trainer: Trainer) -> None:
     """The rest of the current epoch: one pass over the training set, two with --gradient_projection. Raises Interrupted, NonFiniteError."""
-    trainer.model.train()
+    trainer.train_mode()
     # One phase; RAMP's gradient projection has two, and combines their weights when the loop is over.
     for scheme, optimizer in trainer.phases():
         for batch in trainer.batches():
             trainer.before_step()
-            set_lr(optimizer, trainer.lr_at(trainer.progress(batch.index)))
+            set_lr(optimizer, trainer.lr_at(trainer.progress(batch.index)), trainer.frozen)
             micro_batches = trainer.adversarial_micro_batches(scheme, batch)
             optimizer.zero_grad()
             # Mean loss of the whole mini-batch: losses are summed here, and data parallelism averages gradients over the processes.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.heads import replace_head
 from models.networks import NETWORKS, Spec, StateDict, build_known, find_network
 from models.normalization import Normalized, Statistic, normalized, statistics
 from models.own_function import build_own_function, split_own_function
@@ -184,16 +185,19 @@ def rebuild(spec: Spec, name: str | None) -> nn.Module:
 
 def _built(spec: Spec, function: str | None) -> nn.Module:
     """The network of a spec, which may be anything that a file holds. Raises ValueError."""
-    inner = {key: value for key, value in spec.items() if key not in ("mean", "std")}
+    inner = {key: value for key, value in spec.items() if key not in ("mean", "std", "head", "head_classes")}
     if spec.get("arch") == "function":
         arguments = ("num_classes", "in_channels", "act", "width")
         model = build_own_function(function or "", **{key: inner[key] for key in arguments if key in inner})
     else:
         model = _known(inner)
     try:
-        return normalized(model, spec.get("mean"), spec.get("std"))
+        model = normalized(model, spec.get("mean"), spec.get("std"))
     except (TypeError, LookupError) as error:
         raise ValueError(f"it says no mean and standard deviation: {error}") from error
+    if "head" in spec:
+        replace_head(model, spec["head"], spec.get("head_classes", 0))
+    return model
 
 
 def _known(spec: Spec) -> nn.Module:

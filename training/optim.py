@@ -68,18 +68,38 @@ class EMA:
         self.updates = state_dict["updates"]
 
 
-def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group except those marked `constant_lr`."""
+def head_groups(model: nn.Module, head: str, weight_decay: float, lr_factor: float) -> list[dict[str, object]]:
+    """Groups of a network with a new last layer, `head`: all others, then its own with lr_factor times their learning rate."""
+    own = list(model.get_submodule(head).parameters())
+    others = [p for p in model.parameters() if all(p is not each for each in own)]
+    return [
+        {"params": others, "weight_decay": weight_decay, "backbone": True},
+        {"params": own, "weight_decay": weight_decay, "lr_factor": lr_factor},
+    ]
+
+
+def set_lr(optimizer: optim.Optimizer, lr: float, frozen: bool = False) -> None:
+    """Set the learning rate of every parameter group, but of those marked `constant_lr`; with `frozen` 0 for the backbone."""
     for group in optimizer.param_groups:
         if not group.get("constant_lr"):
-            group["lr"] = lr
+            group["lr"] = 0.0 if frozen and group.get("backbone") else lr * group.get("lr_factor", 1.0)
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> optim.Optimizer:
-    """That of --optimizer, with the parameter groups of training from scratch or of fine-tuning."""
+def forget_backbone(optimizer: optim.Optimizer) -> None:
+    """Drop the backbone's momentum, which it gathered while it was frozen."""
+    for group in optimizer.param_groups:
+        if group.get("backbone"):
+            for parameter in group["params"]:
+                optimizer.state.pop(parameter, None)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module, head: str | None = None) -> optim.Optimizer:
+    """That of --optimizer, with the parameter groups of training from scratch or of fine-tuning; head: the name of a new last layer."""
     lr, decay = config.lr_max or 0.0, config.weight_decay or 0.0
-    if config.finetune_model:
-        groups: list[dict[str, object]] = [{"params": list(model.parameters()), "weight_decay": decay}]
+    if head:
+        groups = head_groups(model, head, decay, config.head_lr or 1.0)
+    elif config.finetune_model:
+        groups = [{"params": list(model.parameters()), "weight_decay": decay}]
     else:
         groups = parameter_groups(model, lr, decay, config.lr_no_decay)
     spec = OPTIMIZERS[config.optimizer]

@@ -16,6 +16,7 @@ from config import LATEST, TrainConfig, config_from_json, resumed, run_name, sam
 from data import Dataset, FolderSplit, load_dataset, load_extra
 from models import Spec, new_spec
 from models.from_file import normalization_of, rebuild
+from models.heads import AUTO, outputs, with_new_head
 from models.pretrained import check_fits, check_trains, load_model
 from models.robustbench_zoo import published_preparation
 from utils.cli import blame
@@ -92,6 +93,9 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
         model, spec, about = loaded.model, loaded.spec, loaded.about
         print_on_rank0(*loaded.notes)
     dataset = data_set(config, spec, config.image_size or about.get("image_size"))
+    if config.finetune_model and model is not None and not state:
+        with blame("--head"):
+            spec = fitted_head(config, model, spec, dataset)
     if model is None:
         arch, sizes = config.arch or "", {"num_classes": dataset.num_classes, "in_channels": dataset.shape[0]}
         normalization = normalization_of(config.network_flags())
@@ -99,6 +103,15 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
         with blame("--arch"):
             model = rebuild(spec, arch)
     return dataset, model, spec
+
+
+def fitted_head(config: TrainConfig, model: nn.Module, spec: Spec, dataset: Dataset) -> Spec:
+    """A new last layer, if --head asks for one or the data set has other classes; the spec of the network as it is then."""
+    if not config.head and outputs(model, dataset.shape) in (dataset.num_classes, None):
+        return spec  # of a network that does not take the images `check_model` says so
+    new = with_new_head(model, spec, config.head or AUTO, dataset.shape, dataset.num_classes)
+    print_on_rank0(f"new last layer with random weights: {new['head']}, {dataset.num_classes} outputs")
+    return new
 
 
 def data_set(config: TrainConfig, spec: Spec, size: int | None) -> Dataset:

@@ -23,7 +23,7 @@ from training.awp import AdversarialWeights
 from training.cuda_graphs import GraphedAttack
 from training.gradient_projection import GradientProjection
 from training.metrics import EpochMetrics, NonFiniteGuard
-from training.optim import EMA, make_optimizer
+from training.optim import EMA, forget_backbone, make_optimizer
 from utils.checkpoint import CheckpointManager, Stateful
 from utils.distributed import (
     Process,
@@ -73,13 +73,14 @@ class Trainer:
         self.loader = BatchLoader(data, config.batch_size, config.seed, device, *rank, config.workers)
         self.batches_per_pass = len(self.loader)
         self.lr_at = lr_schedule(config.lr_schedule or "", config.lr_max or 0.0, config.warmup / (config.epochs or 1))
-        self.optimizer = make_optimizer(config, self.model)
+        self.head: str | None = spec.get("head")  # the name of a new last layer
+        self.optimizer = make_optimizer(config, self.model, self.head)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.ema = EMA(self.model, config.ema) if config.ema else None
         self.awp = AdversarialWeights(self.model, config.awp) if config.awp else None
         self.projection = None
         if config.gradient_projection:
-            self.projection = GradientProjection(self.model, make_optimizer(config, self.model))
+            self.projection = GradientProjection(self.model, make_optimizer(config, self.model, self.head))
         self.metrics = EpochMetrics([threat.norm for threat in self.scheme.threats])
         self.guard = NonFiniteGuard([*map(str, self.scheme.threats), "clean"])
         self._wrap_model()
@@ -121,6 +122,19 @@ class Trainer:
             60 * self.config.save_every,
             self.process.is_rank0,
         )
+
+    @property
+    def frozen(self) -> bool:
+        """Is the new last layer trained alone in this epoch?"""
+        return self.epoch < self.config.freeze_epochs
+
+    def train_mode(self) -> None:
+        """Set it; a frozen backbone stays in eval mode, with its BatchNorm statistics, and starts without momentum after that."""
+        self.model.train(not self.frozen)
+        if self.frozen:
+            self.model.get_submodule(self.head or "").train()
+        elif self.config.freeze_epochs == self.epoch and self.step == 0:
+            forget_backbone(self.optimizer)
 
     @property
     def phases_per_epoch(self) -> int:
@@ -212,7 +226,9 @@ class Trainer:
     def epoch_record(self) -> dict[str, Any]:
         """The epoch's record for metrics.jsonl, as EpochMetrics.record gives it. Raises NonFiniteError."""
         self._collect()
-        return self.metrics.record(self.epoch + 1, self.optimizer.param_groups[0]["lr"], self.scheme.errors.rates())
+        rates = [group["lr"] for group in self.optimizer.param_groups if not group.get("constant_lr")]
+        lr = rates[-1] / (self.config.head_lr or 1.0) if self.head else rates[0]  # a frozen backbone has 0
+        return self.metrics.record(self.epoch + 1, lr, self.scheme.errors.rates())
 
     def next_epoch(self) -> None:
         """Start the next epoch: reset step and metrics, save the state. Raises NonFiniteError, OSError."""
