@@ -85,7 +85,7 @@ TRAIN_ERRORS = [
     ([*TUNE, "--model_name=nets.py:absent"], "--model_name", "no function"),
     ([*TUNE, "--model_name=absent.py:make"], "--model_name", "no file"),
     ([*TUNE, "--model_name=nets.py:three"], "--model_name", "torch.nn.Module"),
-    ([*TUNE, "--model_name=nets.py:narrow"], "--model_name", "(B, 10)"),
+    ([*TUNE, "--model_name=nets.py:narrow", "--head=no_such"], "--head", "no_such is no linear layer"),
     ([*DIGITS, "--batch_size=1", "--width=4"], "--batch_size", "single image"),
     ([*DIGITS, "--n_ex_train=1", "--width=4"], "--n_ex_train", "single image"),
     ([*DIGITS, "--save_dir=text.pth", "--epochs=1"], "--save_dir", "text.pth"),
