@@ -13,6 +13,7 @@ import gdown
 import torch
 from torch import Tensor, nn
 
+from models.downloads import downloaded, is_remote
 from models.from_file import Loaded, NetworkFlags, from_file, normalization_of, rebuild
 from models.own_function import split_own_function
 from models.robustbench_zoo import load_robustbench, robustbench_spec
@@ -22,9 +23,10 @@ AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_L
 
 
 def load_model(name: str, model_dir: str, dataset: str, flags: NetworkFlags = NetworkFlags()) -> Loaded:  # noqa: B008
-    """The network called `name`: RB_{id}, RB_{id}_{Linf,L2}, FILE.py:FUNCTION, FILE.py:FUNCTION@CHECKPOINT, or a checkpoint's path.
+    """The network called `name`: RB_{id}, RB_{id}_{Linf,L2}, FILE.py:FUNCTION, FILE.py:FUNCTION@CHECKPOINT, or a checkpoint.
 
-    A checkpoint is looked for as given and in model_dir; `pretr_*` is downloaded to model_dir if missing. `dataset` tells which of
+    A checkpoint is a path, looked for as given and in model_dir, or what `downloaded` takes: https://..., hf:USER/REPO/FILE; `pretr_*`
+    is downloaded to model_dir if missing. `dataset` tells which of
     RobustBench's lists is meant. For weights alone, names and shapes tell the network, `flags` or the file's name its activation (else
     the network's own), `flags` or buffers in the file its input normalisation (else none); notes say it. What a checkpoint tells is not
     changed by flags. Raises ValueError that says what to do.
@@ -41,7 +43,7 @@ def load_model(name: str, model_dir: str, dataset: str, flags: NetworkFlags = Ne
         _refuse(name, {"act": flags.act, "weights": flags.weights})
         spec = {"arch": "function", "function": function} | normalization_of(flags)
         return Loaded(rebuild(spec, function), spec, {})
-    path = Path(checkpoint) if checkpoint else _find_file(name, Path(model_dir))
+    path = _find_file(name, checkpoint, Path(model_dir))
     try:
         return from_file(path, dataset, flags, function)
     except ValueError as error:
@@ -55,9 +57,13 @@ def _refuse(name: str, given: dict[str, Any]) -> None:
         raise ValueError(f"{name} says that itself; leave {' and '.join(refused)} out")
 
 
-def _find_file(name: str, model_dir: Path) -> Path:
-    """The checkpoint `name` as given or in model_dir, with or without .pth; a missing pretr_* is downloaded to model_dir."""
-    file_name = Path(name).name if name.endswith((".pth", ".pt")) else f"{Path(name).name}.pth"
+def _find_file(name: str, checkpoint: str | None, model_dir: Path) -> Path:
+    """FILE.py:FUNCTION's checkpoint; else that called `name`, as given or in model_dir, with or without .pth. Some are downloaded."""
+    if is_remote(checkpoint or name):
+        return downloaded(checkpoint or name, model_dir)
+    if checkpoint:
+        return Path(checkpoint)
+    file_name = Path(name).name if name.endswith((".pth", ".pt", ".safetensors")) else f"{Path(name).name}.pth"
     for path in (Path(name), Path(name).parent / file_name, model_dir / name, model_dir / file_name):
         if path.is_file():
             return path

@@ -89,10 +89,17 @@ def _saved(content: Any) -> memoryview:
 
 
 def load_tensors(path: Path) -> Any:
-    """What torch.save wrote to `path`, on the CPU: tensors, numbers, strings, containers, `HARMLESS` types. Raises ValueError."""
+    """What torch.save wrote to `path`, on the CPU: tensors, numbers, strings, containers, `HARMLESS` types. Raises ValueError.
+
+    Of a .safetensors file: {"state_dict": its tensors}, and what this program wrote beside them.
+    """
+    from utils.safetensors_files import is_safetensors, load_safetensors  # which writes by way of this module
+
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
+        if is_safetensors(path):
+            return load_safetensors(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # of an unusual pickle protocol: what matters is whether it loads
             return torch.load(path, map_location="cpu", weights_only=True)
