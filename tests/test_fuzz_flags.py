@@ -67,7 +67,7 @@ def test_a_command_line_is_taken_or_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "load", stop)
     monkeypatch.setattr(eval_script, "load_model", stop)
-    monkeypatch.setattr(compare_schemes, "all_jobs", stop)
+    monkeypatch.setattr(compare_schemes, "read_results", stop)
     for module in (train, eval_script):
         monkeypatch.setattr(module, "set_up_torch", lambda *_, **__: None)
     run, flags = [
