@@ -55,6 +55,10 @@ class Server:
             return
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if self.ranges else None
         body = content[int(part[1]) : int(part[2] or len(content)) + 1] if part else content
+        cut = len(body)
+        if request.command == "GET" and asked != "bytes=0-0":
+            self.asked.append(asked or "all")
+            cut = self.cuts.pop(0) if self.cuts else cut
         request.send_response(206 if part else 200)
         if part:
             end = int(part[1]) + len(body) - 1
@@ -67,13 +71,9 @@ class Server:
         if hub:
             request.send_header("X-Repo-Commit", HUB)
         request.end_headers()
-        if request.command == "HEAD" or asked == "bytes=0-0":
-            body = b"" if request.command == "HEAD" else body[:1] if part else body
-        else:
-            self.asked.append(asked or "all")
-            if self.cuts:
-                body = body[: self.cuts.pop(0)]
-        request.wfile.write(body)
+        if request.command == "HEAD":
+            return
+        request.wfile.write(body[:cut])
 
 
 @pytest.fixture
