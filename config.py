@@ -23,6 +23,7 @@ from attacks.results import ATTACKS, AttackPlan
 from attacks.threat import Threat, threats
 from data import DATASETS, Dataset, FolderSplit
 from models import ACTIVATIONS, Spec, build_model, find_network
+from models.downloads import without_digest
 from models.from_file import NetworkFlags
 from models.networks import FINETUNE_LR, describe_networks
 from models.normalization import NORMALIZATIONS, Statistic, statistics
@@ -88,7 +89,7 @@ class Config:
     mean: Statistic = _net(None, "mean of each channel, which the network subtracts from images in [0, 1]: numbers, cifar10, cifar100 or imagenet (none, or the checkpoint's)", _mean)  # noqa: RUF009
     std: Statistic = _net(None, "standard deviation of each channel, by which it then divides; likewise (that of --mean's name)", _std)  # noqa: RUF009
     weights: str | None = _net(None, "of several networks' weights in a file those under a name with this word, such as ema (state_dict, model, ...)")
-    model_dir: str = _net("./pretrained", "folder with, or for the download of, pretr_* and RB_* checkpoints (=)", resumable=True)
+    model_dir: str = _net("./pretrained", "folder with, or for the download of, pretr_*, RB_*, https: and hf: checkpoints (=)", resumable=True)
     data_dir: str = _data("./datasets", "folder with, or for the download of, CIFAR; for imagenet and imagefolder the one with train/ and val/ (=)", resumable=True)
     image_size: int | None = _data(None, "imagenet and imagefolder: height and width of the cropped images, in pixels (the network's, else 224)", between(1, 4096))
     class_order: ClassOrder = _data("name", "imagenet and imagefolder: classes by the name of their folders, 0 1 10 2, or as numbers: name, numeric (=)", choices=CLASS_ORDERS)  # noqa: RUF009
@@ -110,7 +111,7 @@ class TrainConfig(Config):
     """Flags of train.py."""
 
     finetune_model: bool = _net(False, "start from --model_name instead of random weights (off)")
-    model_name: str | None = _net(None, "network to fine-tune: a checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION (none)")
+    model_name: str | None = _net(None, "network to fine-tune: a checkpoint, https://... or hf:USER/REPO/FILE (both also with #sha256=HEX), pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION[@CHECKPOINT] (none)")
     arch: str | None = _net(None, networks)
     width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", between(1, 1024))
 
@@ -168,6 +169,7 @@ class TrainConfig(Config):
     resume: str | None = _run(None, "resume the run in this folder, whose other flags need not be given; without RUN: this command's newest run, if any (off)", text_or_nothing, nargs="?", const=LATEST, metavar="RUN", resumable=True)
     save_every: float = _run(15.0, "minutes between saves of the training state within an epoch (=)", inside(0.0, 1e6), resumable=True)
     save_optim: bool = _run(False, "keep the optimizer's state in checkpoints (off)", resumable=True)
+    export: str | None = _run(None, "at the end write the network (best.pth with --select, without EMA) to FILE.safetensors, and README.md, a model card, beside it (none)", metavar="FILE.safetensors", resumable=True)
     compile: bool = _run(False, "compile the network with torch.compile (off)")
     no_cuda_graphs: bool = _run(False, "launch each of an attack's kernels by itself; on CUDA an attack is one CUDA graph (off)", resumable=True)
     tensorboard: bool = _run(False, "also write the metrics for TensorBoard, in RUN/tensorboard (off)", resumable=True)
@@ -178,7 +180,7 @@ class TrainConfig(Config):
 class EvalConfig(Config):
     """Flags of eval.py."""
 
-    model_name: str | None = _net(None, "checkpoint, pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION[@CHECKPOINT] (needed)")
+    model_name: str | None = _net(None, "checkpoint, https://... or hf:USER/REPO/FILE (both also with #sha256=HEX), pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION[@CHECKPOINT] (needed)")
     dataset: str | None = _data(None, "data set (the one the checkpoint was trained on, else cifar10)", choices=DATASETS)
     n_ex: int | None = _data(None, "evaluate the first N test images (1000, or all if there are fewer)", positive_int)
     l_norms: tuple[str, ...] = _attack(tuple(NORMS), "norms to attack in, with blanks between (=)", words)
@@ -194,6 +196,12 @@ class EvalConfig(Config):
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
     baseline: str | None = _run(None, "another evaluation's eval.json: paired differences to it, on the same images (none)")
     robustbench_json: bool = _run(False, "also the fields of RobustBench's model_info, a file per norm (off)")
+
+
+    def folder(self) -> tuple[str, list[str], bool]:
+        """Where the result's folder is, the parts of its name, once data set and number of images are known, and --resume."""
+        name = Path(without_digest(self.model_name or "")).parts[-2:]
+        return self.save_dir, ["eval", self.dataset or "", *name, f"n{self.n_ex}"], self.resume
 # fmt: on
 
 AnyConfig = TypeVar("AnyConfig", TrainConfig, EvalConfig)
@@ -581,7 +589,7 @@ def run_name(config: TrainConfig, asked: Mapping[str, Any]) -> list[str]:
     """The parts of a run folder's name: data set, start, attack, what else is not the default, seed, --notes_run."""
     start = ["from-scratch", Path(config.arch or "").name]
     if config.finetune_model:
-        start = [f"from-{Path(config.model_name or '').name.removesuffix('.pth')}"]
+        start = [f"from-{Path(without_digest(config.model_name or '')).name.removesuffix('.pth')}"]
     attack = [config.attack, config.multinorm, "-".join(config.l_norms or ())] if config.attack else ["no-attack"]
     words = [word for word in (config.dataset, *start, *attack, config.loss) if word not in UNSAID]
     unnamed = {*NAMED, *RESUMABLE, *(() if config.attack else ATTACK_FLAGS)}

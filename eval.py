@@ -79,10 +79,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         process = stack.enter_context(process_group(device))
         with blame("--data_dir"):
             data = replace(data, test=data.test.take(config.n_ex or 0).in_memory(process))
-        parts = ["eval", config.dataset or "", *(config.model_name or "").split("/")[-2:], f"n{config.n_ex}"]
         # Rank 0 chooses the folder; its error is raised on all ranks.
         with blame("--resume" if config.resume else "--save_dir"):
-            folder = run_on_rank0(lambda: evaluation_folder(config.save_dir, parts, config.resume, stack))
+            folder = run_on_rank0(lambda: evaluation_folder(*config.folder(), stack))
         folders.append(folder)
         evaluate_and_report(config, data, model, process, folder, baseline)
         return folder

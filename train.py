@@ -42,6 +42,7 @@ from config import (
     resolved,
 )
 from training.evaluation import final_evaluation, quick_evaluation
+from training.export import check_export, export_run
 from training.metrics import HEADER, best_networks, chance_warning, console_line, constant_loss, per_threat_sums
 from training.optim import set_lr
 from training.start import check_images, check_model, configured, load, new_run, resumed_run, run_to_resume
@@ -169,6 +170,8 @@ def train(trainer: Trainer) -> None:
     if trainer.config.final_eval:
         for suffix, model in trainer.networks().items():
             final_evaluation(trainer, model, suffix)
+    if trainer.process.is_rank0:
+        export_run(trainer.config, trainer.folder)
     trainer.checkpoints.forget()
 
 
@@ -235,8 +238,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         signals = stack.enter_context(Signals())
         with blame("--resume"):
             before = run_on_rank0(lambda: run_to_resume(config, asked, stack))
+        with blame("--export"):
+            run_on_rank0(lambda: check_export(config, before))
         if before and not before.state and (before.folder / f"ep_{config.epochs}.pth").exists():
             print(f"{before.folder} is complete")
+            with blame("--export"):
+                run_on_rank0(lambda: export_run(config, before.folder))
             return before.folder
         state = load_tensors(before.state) if before and before.state else None
         dataset, model, spec = load(config, state)

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 
@@ -148,7 +149,8 @@ class Job:
         """Train and evaluate, or go on with both; its line of results.jsonl. Raises SystemExit as the scripts do."""
         flags = [*self.train, f"--seed={self.seed}", f"--notes_run={self.scheme}"]
         run = train.main([*flags, *where, f"--save_dir={folder / 'runs'}", "--resume"])
-        place = [f"--model_name={checkpoint(run)}", f"--save_dir={folder / 'results'}", "--resume"]
+        digest = sha256(shlex.join(self.evaluation).encode()).hexdigest()[:8]  # another evaluation is not gone on with
+        place = [f"--model_name={checkpoint(run)}", f"--save_dir={folder / 'results' / digest}", "--resume"]
         result = eval_script.main([*self.evaluation, *where, *place])
         return self.summary(run, result)
 
@@ -263,8 +265,8 @@ class Plan:
         self.start = split("--start", f"{study.start} {args.start}")
         everything = study.schemes | dict(args.more)
         self.baseline = args.baseline or ("eat" if "eat" in everything else next(iter(everything)))
-        for flag, names in (("--only", args.only or []), ("--baseline", [self.baseline])):
-            if unknown := [name for name in names if name not in everything]:
+        for flag, asked in (("--only", args.only or []), ("--baseline", [self.baseline])):
+            if unknown := [name for name in asked if name not in everything]:
                 parser.error(f"argument {flag}: {' '.join(unknown)} not among the schemes, {' '.join(everything)}")
         chosen = {*(args.only or everything), self.baseline}
         self.schemes = {name: split(f"SCHEME {name}", text) for name, text in everything.items() if name in chosen}

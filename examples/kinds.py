@@ -7,6 +7,7 @@ python examples/kinds.py eval --model_name=runs/RUN/ep_3.pth
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere
 
@@ -24,7 +25,7 @@ KINDS = {
 }
 
 
-def load(name, *args) -> Dataset:
+def load(name: str, *args: Any) -> Dataset:
     """CIFAR-10 with other labels."""
     cifar10 = DATASETS["cifar10"].load("cifar10", *args)
     kind = [next(i for i, names in enumerate(KINDS.values()) if name in names) for name in cifar10.class_names]

@@ -194,6 +194,7 @@ def test_the_scripts_as_they_are() -> None:
     assert union is not None
     assert 100 * union.mean() == line["accuracy"]["union"]
     assert {path.name for path in folder.iterdir()} >= {"table.md", "compare.png", "compare.pdf", "runs", "results"}
+    compare_schemes.main([*flags, "--eval=--n_ex=8 --attacks=quick --n_iter=4"])  # another evaluation of the same run
     (folder / "results.jsonl").unlink()
     compare_schemes.main(flags)  # what was trained and evaluated is found again
     [again] = results(folder)

@@ -11,6 +11,7 @@ import torch
 import eval as eval_script
 import train
 from models import build_model
+from utils.safetensors_files import safetensors_bytes
 
 DIGITS = ["--dataset=digits"]
 APGD = [*DIGITS, "--attack=apgd"]
@@ -113,6 +114,14 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--image_size=32"], "--image_size", "leave"),
     ([*DIGITS, "--resume=missing"], "--resume", "not the folder of a run"),
     (["--dataset=imagenet", "--data_dir=broken"], "--data_dir", "train/CLASS"),
+    ([*DIGITS, "--export=net.pth"], "--export", ".safetensors"),
+    ([*DIGITS, "--export=absent/net.safetensors"], "--export", "no folder absent"),
+    ([*DIGITS, "--export=cut.safetensors"], "--export", "not overwritten"),
+    ([*DIGITS, "--export=carded/net.safetensors"], "--export", "README.md exists"),
+    ([*TUNE, "--model_name=cut.safetensors"], "--model_name", "damaged"),
+    ([*TUNE, "--model_name=huge.safetensors"], "--model_name", "damaged"),
+    ([*TUNE, "--model_name=hf:nets/net.pth"], "--model_name", "hf:USER/REPO/FILE"),
+    ([*TUNE, "--model_name=http://a/net.pth#sha1=3"], "--model_name", "64 hexadecimal digits"),
 ]
 # Numbers and texts that no flag can mean.
 TRAIN_ERRORS += [
@@ -213,6 +222,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("empty.pth").touch()
     Path("cut.pth").write_bytes(Path("net.pth").read_bytes()[:5000])
     Path("code.pth").write_bytes(pickle.dumps(Code()))
+    whole = safetensors_bytes(state, {"spec": spec})
+    Path("cut.safetensors").write_bytes(whole[:-1])
+    Path("huge.safetensors").write_bytes((2**60).to_bytes(8, "little") + whole[8:])
+    Path("carded").mkdir()
+    Path("carded/README.md").touch()
     Path("nets.py").write_text(
         "import torch\n\n\ndef three():\n    return 3\n\n\n"
         "def narrow():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))\n"
