@@ -72,12 +72,8 @@ def _card(config: TrainConfig, run: Path, path: Path, about: Mapping[str, Any]) 
     network = ", ".join(f"{key} {value}" for key, value in spec.items())
     size = f", images of {about['image_size']} pixels" if "image_size" in about else ""
     facts: list[tuple[str, Any]] = [("network", network), ("data set", f"{about['dataset']}{size}")]
-    facts += [
-        ("norms and radii", radii),
-        ("scheme", scheme),
-        ("started from", start),
-        ("epochs", f"{about['epoch']} of {config.epochs}"),
-    ]
+    facts += [("norms and radii", radii), ("scheme", scheme), ("started from", start)]
+    facts.append(("epochs", f"{about['epoch']} of {config.epochs}"))
     versions = ", ".join(f"{key} {value}" for key, value in env["packages"].items())
     facts += [("commit", env["commit"]), ("versions", f"Python {env['python']}, {versions}"), ("device", env["device"])]
     rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts)
