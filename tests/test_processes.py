@@ -200,8 +200,9 @@ def test_torchrun_that_loses_a_process_ends_and_can_be_resumed(launch: Launch) -
     assert f"resume with: torchrun ... train.py --resume={folder}" in said
 
     run = torchrun(f"--resume={folder}")
-    assert "saved" in run.communicate(timeout=60)[0]
-    assert run.returncode == 0
+    said, error = run.communicate(timeout=60)
+    assert "saved" in said
+    assert run.returncode == 0, error
     assert furthest(folder / "ep_4.pth", whole / "ep_4.pth") == 0
     assert [record["loss"] for record in records(folder)] == [record["loss"] for record in records(whole)]
 
