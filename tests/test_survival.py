@@ -385,3 +385,41 @@ def test_a_folder_that_is_none_of_ours(capsys: pytest.CaptureFixture[str]) -> No
     for name in ("other", "nowhere"):
         refused(f"--resume={name}")
         assert f"{name} is not the folder of a run of train.py" in capsys.readouterr().err
+
+
+RANDOM_NETWORKS = """
+import torch
+from torch import nn
+
+
+class Noisy(nn.Module):  # random numbers that no module draws
+    def forward(self, x):
+        return x + torch.randn_like(x) * (torch.rand(()) < 0.5) if self.training else x
+
+
+def network(layer):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), layer, nn.Linear(32, 10))
+
+
+def dropout():
+    return network(nn.Dropout(0.5))
+
+
+def noise():
+    return network(Noisy())
+"""
+
+
+@pytest.mark.parametrize("function", ["dropout", "noise"])
+def test_a_network_that_draws_random_numbers_is_resumed_exactly(function: str, cut_off: Callable[..., None]) -> None:
+    Path("net.py").write_text(RANDOM_NETWORKS)
+    arch = f"--arch=net.py:{function}"
+    flags = [*FLAGS, "--epochs=3", arch, "--awp=0.01", "--eval_freq=0"]
+    flags.remove("--width=8")
+    whole = train.main([*flags, "--save_dir=whole"])
+    cut_off(10, *flags, "--save_dir=cut")
+    torch.rand(7)  # whoever resumes has drawn other numbers
+    cut = train.main([f"--resume={the_run(Path('cut'))}", arch])
+    assert outcome(cut) == outcome(whole)
+    assert outcome(train.main([*flags, "--seed=1"])) != outcome(whole)

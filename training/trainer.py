@@ -191,7 +191,7 @@ class Trainer:
         return done / ((self.config.epochs or 1) * self.batches_per_pass)
 
     def before_step(self) -> None:
-        """Process the sums of all steps but the last; save the state when due. Raises Interrupted, NonFiniteError, OSError."""
+        """Process the sums of all steps but the last, save the state when due, seed PyTorch. Raises what `save` does, Interrupted."""
         self._collect(all_but=1)
         if self.process.world_size == 1:
             self.signals.check()
@@ -199,6 +199,8 @@ class Trainer:
             raise Interrupted(self.signals.received or signal.SIGTERM)
         if self.checkpoints.due():
             self.save()
+        # What dropout, stochastic depth and the like draw: of this step alone, so that resuming needs no saved state.
+        torch.manual_seed(generator(self.config.seed, self.epoch, self.step, self.process.rank).initial_seed())
 
     def after_step(self, sums: Tensor, batch: Batch) -> None:
         """After the optimizer step: average BatchNorm's buffers over processes, update the EMA, copy `sums` to the host without waiting."""
