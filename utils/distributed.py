@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -73,6 +73,10 @@ def process_group(device: torch.device) -> Iterator[Process]:
     _STORE.append(store)
     yield Process(device, rank, world_size)
     # Not after an exception: it would wait for what the others still do, and hide that this process is dead.
+    with suppress(dist.DistError):  # whoever holds the store may be gone
+        # A process that closes its connections while another still reads the last result would make that one fail.
+        store.set(f"finished/{rank}", "")
+        store.wait([f"finished/{other}" for other in range(world_size)], STARTING)
     _STORE.clear()
     dist.destroy_process_group()
 
