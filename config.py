@@ -15,20 +15,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from attacks.multinorm import SCHEMES, Option, Scheme, make_scheme
 from attacks.norms import NORMS
 from attacks.results import ATTACKS, AttackPlan
 from attacks.threat import Threat, threats
 from data import DATASETS, Dataset, FolderSplit
-from models import ACTIVATIONS, Spec, build_model, find_network
+from models import ACTIVATIONS, Spec, find_network
 from models.downloads import without_digest
 from models.from_file import NetworkFlags
-from models.networks import FINETUNE_LR, describe_networks
+from models.libraries import split_library
+from models.networks import FINETUNE_LR, check_arch, describe_networks
 from models.normalization import NORMALIZATIONS, Statistic, statistics
 from models.own_function import split_own_function
-from models.weights import check_size
 from utils.cli import (
     Parser,
     UsageError,
@@ -103,7 +101,9 @@ class Config:
 
     def network_flags(self) -> NetworkFlags:
         """What they say of a network."""
-        return NetworkFlags(getattr(self, "arch", None), self.act, self.mean, self.std, self.weights)
+        size, dataset = self.image_size, getattr(self, "dataset", None)
+        shape = (3, size, size) if size else DATASETS[dataset].shape if dataset else None
+        return NetworkFlags(getattr(self, "arch", None), self.act, self.mean, self.std, self.weights, shape)
 
 
 @dataclass(frozen=True)
@@ -294,15 +294,15 @@ def resolved(config: TrainConfig) -> TrainConfig:
 def _with_network(config: TrainConfig) -> TrainConfig:
     """--arch, --act and --width; the network of --finetune_model has its own."""
     arch = config.arch or "preact-resnet18"
-    if not split_own_function(arch):  # which is called when the data set is known
-        with blame("--arch"), torch.device("meta"):
-            check_size(build_model(arch).state_dict())
-    network = find_network(arch)
-    if network and network.width is None and config.width:
-        raise UsageError("--width", f"{arch} says its width itself, leave this flag out")
+    with blame("--arch"):
+        check_arch(arch)
     if config.finetune_model:
         return config
-    config = replace(config, arch=arch)
+    network, config = find_network(arch), replace(config, arch=arch)
+    fixed = ["width"] if network and network.width is None else ["width", "act"] if split_library(arch) else []
+    for name in fixed:
+        if getattr(config, name):
+            raise UsageError(f"--{name}", f"{arch} says its {name} itself, leave this flag out")
     if network is None:
         return config
     width = network.width and (DATASETS[config.dataset].width or network.width)

@@ -238,7 +238,9 @@ class DatasetSpec:
     summary: str  # its line in --help
     load: Callable[..., Dataset]  # load(name, data_dir, image_size, prepare), the last two for files; ValueError
     radii: dict[str, float]  # eps of each norm, for pixels in [0, 1]
-    files: bool = False  # the images are files, of any size, read when needed
+    shape: tuple[int, int, int] | None = (
+        None  # (C, H, W) of an image; None: of files, which are read when needed, made RGB and of any size
+    )
     width: int | None = None  # channels of the first stage of a network from scratch (None: the network's own default)
 
 
@@ -354,11 +356,11 @@ IMAGENET_RADII = {"Linf": 4 / 255, "L2": 2.0, "L1": 255.0}  # for 224 pixels
 DIGITS_RADII = {"Linf": 0.1, "L2": 0.4, "L1": 2.0}  # how they were chosen: docs/digits.md
 
 _SPECS = (
-    DatasetSpec("cifar10", "32 x 32 pixels, 10 classes", _load_cifar, CIFAR_RADII),
-    DatasetSpec("cifar100", "32 x 32 pixels, 100 classes", _load_cifar, CIFAR_RADII),
-    DatasetSpec("imagenet", "train/CLASS/*.jpg and val/CLASS/*.jpg", _load_folders, IMAGENET_RADII, files=True),
-    DatasetSpec("imagefolder", "the same, any classes", _load_folders, IMAGENET_RADII, files=True),
-    DatasetSpec("digits", "8 x 8 pixels, 10 classes, no download", _load_digits, DIGITS_RADII, width=16),
+    DatasetSpec("cifar10", "32 x 32 pixels, 10 classes", _load_cifar, CIFAR_RADII, (3, 32, 32)),
+    DatasetSpec("cifar100", "32 x 32 pixels, 100 classes", _load_cifar, CIFAR_RADII, (3, 32, 32)),
+    DatasetSpec("imagenet", "train/CLASS/*.jpg and val/CLASS/*.jpg", _load_folders, IMAGENET_RADII),
+    DatasetSpec("imagefolder", "the same, any classes", _load_folders, IMAGENET_RADII),
+    DatasetSpec("digits", "8 x 8 pixels, 10 classes, no download", _load_digits, DIGITS_RADII, (1, 8, 8), width=16),
 )
 DATASETS = {spec.name: spec for spec in _SPECS}
 
@@ -373,7 +375,7 @@ def load_extra(file: str, data: Dataset) -> Extra:
     """
     train = data.train
     if isinstance(train, FolderSplit):
-        others = [spec.name for spec in DATASETS.values() if not spec.files]
+        others = [spec.name for spec in DATASETS.values() if spec.shape]
         raise ValueError(f"{data.name} takes no extra images; {', '.join(others)} do")
     return _open_extra(file, train.levels, train.padding, train.flip, data)
 

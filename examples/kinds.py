@@ -33,7 +33,7 @@ def load(name: str, *args: Any) -> Dataset:
     return replace(cifar10, name=name, train=train_, test=test, class_names=tuple(KINDS))
 
 
-DATASETS["kinds"] = DatasetSpec("kinds", "CIFAR-10's images, four kinds", load, DATASETS["cifar10"].radii)
+DATASETS["kinds"] = DatasetSpec("kinds", "CIFAR-10's images, four kinds", load, DATASETS["cifar10"].radii, (3, 32, 32))
 
 if __name__ == "__main__":
     script, *flags = sys.argv[1:]

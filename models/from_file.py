@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from models.heads import replace_head
+from models.libraries import library_spec, num_classes_in, split_library
 from models.networks import NETWORKS, Spec, StateDict, build_known, find_network
 from models.normalization import Normalized, Statistic, normalized, statistics
 from models.own_function import build_own_function, split_own_function
@@ -31,6 +32,7 @@ class NetworkFlags:
     mean: Statistic = None  # of the input normalisation
     std: Statistic = None
     weights: str | None = None  # a word of the name under which they are stored in the file
+    shape: tuple[int, int, int] | None = None  # (C, H, W) of the images; None: the network's own
 
 
 @dataclass(frozen=True)
@@ -47,28 +49,50 @@ def from_file(
     path: Path,
     dataset: str,
     flags: NetworkFlags = NetworkFlags(),
-    function: str | None = None,
+    maker: str | None = None,
 ) -> Loaded:
-    """The network of a file; `function`: what makes it, called as the checkpoint's spec says."""
+    """The network of a file; `maker`: what makes it, FILE.py:FUNCTION, called as the checkpoint's spec says, or LIBRARY:NAME."""
     content = load_tensors(path)
     found, spec = weights_in(content, flags.weights), _spec_in(content)
     for weights in found:
         check_size(weights.state)
-    if function:
+    if split_library(maker or ""):
+        if not spec:
+            return _of_library(path, maker or "", found, flags)
+        if spec.get("arch") != maker:
+            raise ValueError(f"its network is {spec.get('arch')}, not {maker}")
+    elif maker:
         told = spec if spec.get("arch") == "function" else normalization_of(flags)
-        spec = told | {"arch": "function", "function": function}
+        spec = told | {"arch": "function", "function": maker}
     elif spec.get("arch") == "function":
         own = spec["function"]
         raise ValueError(f"its network comes from {own}; name both: --model_name='{own}@{path}'")
     elif not spec:
         return _plain(path, found, dataset, flags)
+    _check_told(spec, flags)
+    return replace(_matched(path, spec, found, maker), about=_about(content))
+
+
+def _check_told(spec: Spec, flags: NetworkFlags) -> None:
+    """Raises ValueError if flags say something else of a network than its checkpoint does."""
     if flags.arch and flags.arch != spec.get("arch"):
         raise ValueError(f"its network is {spec.get('arch')}; leave --arch={flags.arch} out")
     for key, value in {"act": flags.act, **normalization_of(flags)}.items():
         if value not in (None, spec.get(key)):
             said = f"with --{key}={spec[key]}" if key in spec else f"without --{key}"
             raise ValueError(f"it was trained {said}, leave that flag out")
-    return replace(_matched(path, spec, found, function), about=_about(content))
+
+
+def _of_library(path: Path, arch: str, found: list[Weights], flags: NetworkFlags) -> Loaded:
+    """LIBRARY:NAME with weights that say nothing of themselves, normalised as the flags or the library say. Raises ValueError."""
+    spec = library_spec(
+        arch, num_classes_in(found[0].state, arch), *flags.shape[:2] if flags.shape else ()
+    ) | normalization_of(flags)
+    model = _built(spec, None)
+    inner = model.model if isinstance(model, Normalized) else model
+    weights, places = match(inner, found)
+    load_weights(inner, weights.state)
+    return Loaded(model, spec, {}, (f"{path} holds weights alone: {_normalization(spec)}", *_several(path, places)))
 
 
 def _matched(path: Path, spec: Spec, found: list[Weights], function: str | None = None) -> Loaded:
@@ -143,13 +167,18 @@ def _assumed(path: Path, spec: Spec, weights: Weights) -> list[str]:
     """What to say of weights alone."""
     network = find_network(spec["arch"])
     assert network is not None
-    mean, std = (" ".join(f"{value:.4g}" for value in spec.get(key, ())) for key in ("mean", "std"))
-    normalization = f"input normalisation with mean {mean} and std {std}" if mean else "no input normalisation"
     title = network.title or network.name
-    notes = [f"{path} holds weights alone: taken for a {title}, {spec['act']}, {normalization} (--act, --mean, --std)"]
+    notes = [f"{path} holds weights alone: taken for a {title}, {spec['act']}, {_normalization(spec)} (--act)"]
     if weights.others:
         notes.append(f"{path}: left out are {', '.join(weights.others[:5])}{' ...' * (len(weights.others) > 5)}")
     return notes
+
+
+def _normalization(spec: Spec) -> str:
+    """The input normalisation of a spec, in words."""
+    mean, std = (" ".join(f"{value:.4g}" for value in spec.get(key, ())) for key in ("mean", "std"))
+    said = f"input normalisation with mean {mean} and std {std}" if mean else "no input normalisation"
+    return f"{said} (--mean, --std)"
 
 
 def _recognized(weights: Weights) -> list[Recognized]:

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.layers import ACTIVATIONS
+from models.libraries import LIBRARIES, build_library, find_library, library_spec, split_library
+from models.normalization import normalized
 from models.own_function import build_own_function, split_own_function
+from models.weights import check_size
 
 # What a checkpoint keeps to rebuild its network: the arguments of build_model, numbers and strings only.
 Spec = dict[str, Any]
@@ -58,17 +62,23 @@ def find_network(arch: str) -> NetworkSpec | None:
 def describe_networks() -> str:
     """Every name that --arch takes and what it is, in one line: for --help and errors."""
     lines = [f"{network.name} ({network.summary})" for network in NETWORKS.values()]
+    lines += [f"{library}:NAME" for library in LIBRARIES]
     return ", ".join([*lines, "FILE.py:FUNCTION (a function of yours that returns a network)"])
 
 
 def build_model(arch: str, **kwargs: Any) -> nn.Module:
     """A network with random weights, (B, C, H, W) in [0, 1] -> logits (B, num_classes).
 
-    arch: a registered name, or FILE.py:FUNCTION, which is called with those of num_classes and in_channels that it takes, and with
-    act and width if they are given. Raises ValueError, of one line, for an unknown name, activation or argument.
+    arch: a registered name; timm:NAME or torchvision:NAME, with that library's input normalisation and perhaps an image_size in pixels;
+    or FILE.py:FUNCTION, which is called with those of num_classes and in_channels that it takes, and with act and width if they are
+    given. Raises ValueError, of one line, for an unknown name, activation or argument.
     """
     own = split_own_function(arch)
     given = {name: value for name, value in kwargs.items() if value is not None}
+    if split_library(arch):
+        given = {"num_classes": 10, **given}
+        spec = library_spec(arch, **given)
+        return normalized(build_library(arch, **given), spec["mean"], spec["std"])
     return build_own_function(own[0], **given) if own and not own[1] else build_known(arch, **given)
 
 
@@ -78,6 +88,8 @@ def build_known(arch: str, **kwargs: Any) -> nn.Module:
         from models.robustbench_zoo import build_robustbench
 
         return build_robustbench(**kwargs)
+    if split_library(arch):
+        return build_library(arch, **kwargs)
     network = find_network(arch)
     if network is None:
         raise ValueError(f"unknown network {arch!r}; choose one of {describe_networks()}")
@@ -86,6 +98,15 @@ def build_known(arch: str, **kwargs: Any) -> nn.Module:
     if kwargs.get("width") and network.width is None:
         raise ValueError(f"{arch} says its width itself, leave --width out")
     return network.build(*(network.numbers(arch) or ()), **kwargs)
+
+
+def check_arch(arch: str) -> None:
+    """Raises ValueError, of one line, if there is no such network, without building it; FILE.py:FUNCTION is not looked into."""
+    if split_library(arch):
+        find_library(arch)
+    elif not split_own_function(arch):
+        with torch.device("meta"):
+            check_size(build_known(arch).state_dict())
 
 
 def new_spec(arch: str, **kwargs: Any) -> Spec:

@@ -7,7 +7,6 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import gdown
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from models.downloads import downloaded, is_remote
 from models.from_file import Loaded, NetworkFlags, from_file, normalization_of, rebuild
+from models.libraries import load_library, split_library
+from models.normalization import normalized
 from models.own_function import split_own_function
 from models.robustbench_zoo import load_robustbench, robustbench_spec
 from utils.run_folder import new_folder_or_nothing
@@ -23,37 +24,56 @@ AUTHORS_FOLDER = "1hYWHp5UbTAm9RhSb8JkJZtcB0LDZDvkT"  # on Google Drive: pretr_L
 
 
 def load_model(name: str, model_dir: str, dataset: str, flags: NetworkFlags = NetworkFlags()) -> Loaded:  # noqa: B008
-    """The network called `name`: RB_{id}, RB_{id}_{Linf,L2}, FILE.py:FUNCTION, FILE.py:FUNCTION@CHECKPOINT, or a checkpoint.
+    """The network called `name`: RB_{id}, RB_{id}_{Linf,L2}, FILE.py:FUNCTION[@CHECKPOINT], LIBRARY:NAME[@CHECKPOINT], or a checkpoint.
 
     A checkpoint is a path, looked for as given and in model_dir, or what `downloaded` takes: https://..., hf:USER/REPO/FILE; `pretr_*`
-    is downloaded to model_dir if missing. `dataset` tells which of
+    is downloaded to model_dir if missing. LIBRARY:NAME alone has that library's published weights, downloaded too. `dataset` tells which of
     RobustBench's lists is meant. For weights alone, names and shapes tell the network, `flags` or the file's name its activation (else
     the network's own), `flags` or buffers in the file its input normalisation (else none); notes say it. What a checkpoint tells is not
     changed by flags. Raises ValueError that says what to do.
     """
-    function, checkpoint = split_own_function(name) or (None, None)
-    if flags.arch and (function or name.startswith("RB_")):
-        raise ValueError(f"{name} has a network of its own; leave --arch={flags.arch} out")
     if name.startswith("RB_"):
-        _refuse(name, {"act": flags.act, "mean": flags.mean, "std": flags.std, "weights": flags.weights})
-        spec = robustbench_spec(name, dataset)
-        model, spec["threat"] = load_robustbench(spec["model_id"], spec["threat"], dataset, Path(model_dir))
-        return Loaded(model, spec, {})
-    if function and not checkpoint:
-        _refuse(name, {"act": flags.act, "weights": flags.weights})
-        spec = {"arch": "function", "function": function} | normalization_of(flags)
-        return Loaded(rebuild(spec, function), spec, {})
+        return _from_robustbench(name, dataset, flags, Path(model_dir))
+    maker, checkpoint = split_own_function(name) or split_library(name) or (None, None)
+    if maker:
+        of_library = split_library(maker)
+        _refuse(name, flags, "arch", *(["act"] if of_library else []))
+        if not checkpoint:
+            return _published(maker, flags, Path(model_dir)) if of_library else _made(maker, flags)
     path = _find_file(name, checkpoint, Path(model_dir))
     try:
-        return from_file(path, dataset, flags, function)
+        return from_file(path, dataset, flags, maker)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
 
 
-def _refuse(name: str, given: dict[str, Any]) -> None:
+def _from_robustbench(name: str, dataset: str, flags: NetworkFlags, model_dir: Path) -> Loaded:
+    """RB_{id} or RB_{id}_{Linf,L2}. Raises ValueError."""
+    _refuse(name, flags, "arch", "act", "mean", "std", "weights")
+    spec = robustbench_spec(name, dataset)
+    model, spec["threat"] = load_robustbench(spec["model_id"], spec["threat"], dataset, model_dir)
+    return Loaded(model, spec, {})
+
+
+def _made(function: str, flags: NetworkFlags) -> Loaded:
+    """The network that FILE.py:FUNCTION makes. Raises ValueError."""
+    _refuse(function, flags, "act", "weights")
+    spec = {"arch": "function", "function": function} | normalization_of(flags)
+    return Loaded(rebuild(spec, function), spec, {})
+
+
+def _published(arch: str, flags: NetworkFlags, model_dir: Path) -> Loaded:
+    """LIBRARY:NAME with its published weights; those for 1,000 classes are of ImageNet. Raises ValueError."""
+    _refuse(arch, flags, "mean", "std", "weights")
+    model, spec = load_library(arch, flags.shape, model_dir)
+    about = {"image_size": spec["image_size"]} | ({"dataset": "imagenet"} if spec["num_classes"] == 1000 else {})
+    return Loaded(normalized(model, spec["mean"], spec["std"]), spec, about)
+
+
+def _refuse(name: str, flags: NetworkFlags, *keys: str) -> None:
     """Raises ValueError if a flag is given that can't change this network."""
-    if refused := [f"--{key}" for key, value in given.items() if value is not None]:
+    if refused := [f"--{key}" for key in keys if getattr(flags, key) is not None]:
         raise ValueError(f"{name} says that itself; leave {' and '.join(refused)} out")
 
 

@@ -17,6 +17,7 @@ from data import Dataset, FolderSplit, load_dataset, load_extra
 from models import Spec, new_spec
 from models.from_file import normalization_of, rebuild
 from models.heads import AUTO, outputs, with_new_head
+from models.libraries import library_spec, split_library
 from models.pretrained import check_fits, check_trains, load_model
 from models.robustbench_zoo import published_preparation
 from utils.cli import blame
@@ -81,28 +82,34 @@ def resumed_run(folder: Path, content: dict[str, Any], epochs: int, env: dict[st
 def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn.Module, Spec]:
     """Data set, model and the model's spec as the flags say, the model as the training state says if one is given. Raises UsageError."""
     torch.manual_seed(config.seed)
-    model, spec = None, Spec()
-    about: dict[str, Any] = state or {}
     if state:
         spec = dict(state["spec"])
         with blame("--resume"):
             model = rebuild(spec, config.model_name or config.arch)
-    elif config.finetune_model:
+        return data_set(config, spec, config.image_size or state.get("image_size")), model, spec
+    if config.finetune_model:
         with blame("--model_name"):
             loaded = load_model(config.model_name or "", config.model_dir, config.dataset, config.network_flags())
-        model, spec, about = loaded.model, loaded.spec, loaded.about
         print_on_rank0(*loaded.notes)
-    dataset = data_set(config, spec, config.image_size or about.get("image_size"))
-    if config.finetune_model and model is not None and not state:
+        dataset = data_set(config, loaded.spec, config.image_size or loaded.about.get("image_size"))
         with blame("--head"):
-            spec = fitted_head(config, model, spec, dataset)
-    if model is None:
-        arch, sizes = config.arch or "", {"num_classes": dataset.num_classes, "in_channels": dataset.shape[0]}
-        normalization = normalization_of(config.network_flags())
-        spec = new_spec(arch, **sizes, act=config.act, width=config.width, **normalization)
-        with blame("--arch"):
-            model = rebuild(spec, arch)
-    return dataset, model, spec
+            return dataset, loaded.model, fitted_head(config, loaded.model, loaded.spec, dataset)
+    arch = config.arch or ""
+    with blame("--arch"):
+        size = library_spec(arch, num_classes=1)["image_size"] if split_library(arch) else None
+    dataset = data_set(config, Spec(), config.image_size or size)
+    with blame("--arch"):
+        spec = spec_from_scratch(config, dataset)
+        return dataset, rebuild(spec, arch), spec
+
+
+def spec_from_scratch(config: TrainConfig, dataset: Dataset) -> Spec:
+    """Of the network of --arch, for the data set. Raises ValueError."""
+    arch, classes, normalization = config.arch or "", dataset.num_classes, normalization_of(config.network_flags())
+    if split_library(arch):
+        return library_spec(arch, classes, *dataset.shape[:2]) | normalization
+    sizes = {"num_classes": classes, "in_channels": dataset.shape[0], "act": config.act, "width": config.width}
+    return new_spec(arch, **sizes, **normalization)
 
 
 def fitted_head(config: TrainConfig, model: nn.Module, spec: Spec, dataset: Dataset) -> Spec:
