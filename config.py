@@ -111,7 +111,7 @@ class TrainConfig(Config):
     """Flags of train.py."""
 
     finetune_model: bool = _net(False, "start from --model_name instead of random weights (off)")
-    model_name: str | None = _net(None, "network to fine-tune: a checkpoint, https://... or hf:USER/REPO/FILE (both also with #sha256=HEX), pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION[@CHECKPOINT] (none)")
+    model_name: str | None = _net(None, "network to fine-tune: a checkpoint, https://... or hf:USER/REPO/FILE (both also with #sha256=HEX), pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], timm:NAME, torchvision:NAME or FILE.py:FUNCTION, all three also with @CHECKPOINT (none)")
     arch: str | None = _net(None, networks)
     width: int | None = _net(None, "channels of the first stage, for networks whose name does not tell it (64; digits: 16)", between(1, 1024))
 
@@ -180,7 +180,7 @@ class TrainConfig(Config):
 class EvalConfig(Config):
     """Flags of eval.py."""
 
-    model_name: str | None = _net(None, "checkpoint, https://... or hf:USER/REPO/FILE (both also with #sha256=HEX), pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], FILE.py:FUNCTION[@CHECKPOINT] (needed)")
+    model_name: str | None = _net(None, "checkpoint, https://... or hf:USER/REPO/FILE (both also with #sha256=HEX), pretr_{Linf,L2,L1}.pth, RB_{id}[_{Linf,L2}], timm:NAME, torchvision:NAME or FILE.py:FUNCTION, all three also with @CHECKPOINT (needed)")
     dataset: str | None = _data(None, "data set (the one the checkpoint was trained on, else cifar10)", choices=DATASETS)
     n_ex: int | None = _data(None, "evaluate the first N test images (1000, or all if there are fewer)", positive_int)
     l_norms: tuple[str, ...] = _attack(tuple(NORMS), "norms to attack in, with blanks between (=)", words)
