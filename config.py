@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from math import isclose
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from utils.cli import (
     add_flag,
     between,
     blame,
+    by_name,
     flag,
     fraction,
     inside,
@@ -64,6 +66,7 @@ _radii, _steps, _runs, _seed = (
 )
 _mean = name_or(tuple(NORMALIZATIONS), between(-1e6, 1e6, several=True))
 _std = name_or(tuple(NORMALIZATIONS), inside(0.0, 1e6, several=True))
+CURVE = (0.25, 0.5, 0.75, 1.25, 1.5, 1.75, 2.0)  # radii of --curve in multiples of the evaluation's
 LATEST = ""  # what --resume alone stands for: the newest run of this command
 
 
@@ -190,7 +193,7 @@ class EvalConfig(Config):
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", between(1, 1000))
     n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", _runs)
     union_only: bool = _attack(False, "accuracy in the union alone: an example broken in one norm is not attacked in the others (off)")
-    curve: bool = _attack(False, "also accuracy at radii from 0 to 2 eps, one APGD-CE each (off)")
+    curve: tuple[tuple[str, tuple[float, ...]], ...] | None = _attack(None, "also accuracy at these radii, one APGD-CE each: '0.01 0.02' for a single norm, or 'Linf:2/255,4/255 L1:6,12'; without RADII from 0 to 2 eps (off)", by_name(_radii), nargs="?", const=(), metavar="RADII")
     only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
     save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
@@ -240,7 +243,7 @@ EVAL_RULES: Rules = (
     ("model_name", lambda c: not c.model_name, "name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth"),
     ("robustbench_json", lambda c: c.robustbench_json and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
     ("effort", lambda c: c.effort and c.attacks != "quick", "it is the dial of --attacks=quick, add that"),
-    ("curve", lambda c: c.curve and c.union_only, "it needs each norm's accuracy, which --union_only leaves out; give one of them"),
+    ("curve", lambda c: c.curve is not None and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
 )
 # fmt: on
 
@@ -453,10 +456,34 @@ def checked_eval(config: EvalConfig) -> EvalConfig:
     if config.l_eps:
         with blame("--l_eps"):
             threats(config.l_norms, config.l_eps)
+    with blame("--curve"):
+        curve_of(config, threats(config.l_norms, config.l_eps or [0.5] * len(config.l_norms)))
     with blame("--attacks"):
         for norm in config.l_norms:
             AttackPlan(config.attacks).runs(norm, num_classes=2)
     return config
+
+
+def curve_of(config: EvalConfig, evaluated: Sequence[Threat]) -> list[Threat]:
+    """The radii of --curve other than those evaluated, as threat models. Raises ValueError, with advice."""
+    if not config.curve:
+        usual = [Threat(threat.norm, factor * threat.eps) for threat in evaluated for factor in CURVE]
+        return [] if config.curve is None else usual
+    names = [name for name, _ in config.curve]
+    if names == [""]:
+        if len(evaluated) > 1:
+            example = " ".join(f"{threat.norm}:{config.curve[0][1][0]:g}" for threat in evaluated)
+            raise ValueError(f"say which norm the radii are for: '{example}'")
+        names = [evaluated[0].norm]
+    own = {threat.norm: threat.eps for threat in evaluated}
+    if unknown := [name for name in names if name not in own]:
+        raise ValueError(f"{' '.join(unknown)} is not evaluated, --l_norms are {' '.join(own)}")
+    found = [Threat(name, eps) for name, (_, radii) in zip(names, config.curve, strict=True) for eps in radii]
+    if len({*found}) < len(found):
+        raise ValueError("each radius may be given once")
+    for threat in found:
+        threats([threat.norm], [threat.eps])
+    return [threat for threat in found if not isclose(threat.eps, own[threat.norm])]
 
 
 def make_parser(config: type[Config], description: str | None) -> Parser:

@@ -28,7 +28,7 @@ from torch import nn
 from attacks.early_stop import DEFAULT_EFFORT
 from attacks.network import Examples, Network
 from attacks.results import AttackPlan, table
-from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
+from config import EvalConfig, checked_eval, curve_of, flags_given, make_parser, threats_of
 from data import DATASETS, Dataset, FolderSplit, Split, load_dataset
 from evaluation.baseline import check_baseline, read_baseline
 from evaluation.evaluate import EvaluationOptions, evaluate
@@ -135,7 +135,8 @@ def evaluate_and_report(
         what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
         print(f"{printable(what)}: {attacked}; on {process.device}", flush=True)
     examples = Examples(test.images, test.labels, test.levels)
-    options = EvaluationOptions(process, config.batch_size_eval, config.amp, config.curve)
+    curve = tuple(curve_of(config, threats))
+    options = EvaluationOptions(process, config.batch_size_eval, config.amp, curve)
     start, env = time.time(), environment(process.device)
     result = evaluate(model, examples, threats, attack_plan(config), options, folder)
     if process.is_rank0:

@@ -11,49 +11,49 @@ from attacks.results import AttackLog, AttackRun, Evaluation
 from attacks.standard import EvaluationContext, ThreatEvaluator
 from attacks.threat import Threat
 
-BELOW, ABOVE = (0.25, 0.5, 0.75), (1.25, 1.5, 1.75, 2.0)  # of the evaluation's radius
+Curve = Mapping[Threat, AttackLog]  # what one APGD-CE breaks at each radius other than the evaluation's own
 
 
-def scaled(threat: Threat, factors: Sequence[float]) -> list[Threat]:
-    """The norm at these multiples of its radius."""
-    return [Threat(threat.norm, factor * threat.eps) for factor in factors]
+def curve_logs(radii: Sequence[Threat], n: int) -> dict[Threat, AttackLog]:
+    """An empty log on n examples for each of the radii, in increasing order."""
+    return {radius: AttackLog.empty([AttackRun("CE")], n) for radius in sorted(radii, key=lambda radius: radius.eps)}
 
 
-def curve_logs(threats: Sequence[Threat], n: int) -> dict[Threat, AttackLog]:
-    """An empty log of one APGD-CE on n examples at each of the other radii."""
-    radii = [radius for threat in threats for radius in scaled(threat, BELOW + ABOVE)]
-    return {radius: AttackLog.empty([AttackRun("CE")], n) for radius in radii}
+def of_norm(threat: Threat, curve: Curve) -> tuple[list[Threat], list[Threat]]:
+    """The curve's radii of the threat's norm, below and above its own."""
+    radii = [radius for radius in curve if radius.norm == threat.norm]
+    return [radius for radius in radii if radius.eps < threat.eps], [r for r in radii if r.eps > threat.eps]
 
 
-def make_curve_runs(
-    context: EvaluationContext, logs: Mapping[Threat, AttackLog], curve: Mapping[Threat, AttackLog], chosen: Tensor
-) -> None:
+def make_curve_runs(context: EvaluationContext, logs: Mapping[Threat, AttackLog], curve: Curve, chosen: Tensor) -> None:
     """Fill the curve's logs on the examples chosen (N,) bool: one robust at eps is robust below, one broken at a radius is broken above."""
     for threat, log in logs.items():
-        for factors, pending in ((BELOW, chosen & log.broken), (ABOVE, chosen & ~log.broken)):
-            for radius in scaled(threat, factors):
+        starts = (chosen & log.broken, chosen & ~log.broken)
+        for radii, pending in zip(of_norm(threat, curve), starts, strict=True):
+            for radius in radii:
                 ThreatEvaluator(context, radius, curve[radius]).run(pending)
                 pending = pending & ~curve[radius].broken
 
 
-def curve_warnings(threats: Sequence[Threat], curve: Mapping[Threat, AttackLog]) -> list[str]:
+def curve_warnings(threats: Sequence[Threat], curve: Curve) -> list[str]:
     """At how many examples logits or gradients were not finite at the other radii."""
     found = []
     for threat in threats:
-        logs = [curve[radius].not_finite for radius in scaled(threat, BELOW + ABOVE)]
-        if number := int(torch.stack(logs).any(0).sum()):
+        logs = [log.not_finite for radius, log in curve.items() if radius.norm == threat.norm]
+        if number := int(torch.stack(logs).any(0).sum()) if logs else 0:
             found.append(
                 f"{threat.norm}'s security curve: logits or gradients were infinite or NaN at {number} images: it may be far too high"
             )
     return found
 
 
-def accuracy_curve(evaluation: Evaluation, threat: Threat, curve: Mapping[Threat, AttackLog]) -> list[list[float]]:
-    """[radius, per cent] from 0 to 2 eps; the logs at the other radii have who broke there first."""
+def accuracy_curve(evaluation: Evaluation, threat: Threat, curve: Curve) -> list[list[float]]:
+    """[radius, per cent] at 0, the curve's radii and the threat's own, in order; the logs at the other radii have who broke there first."""
     rows = []
-    for eps, robust, factors in ((0.0, evaluation.clean, BELOW), (threat.eps, evaluation.robust(threat), ABOVE)):
+    starts = ((0.0, evaluation.clean), (threat.eps, evaluation.robust(threat)))
+    for (eps, robust), radii in zip(starts, of_norm(threat, curve), strict=True):
         rows.append((eps, robust))
-        for radius in scaled(threat, factors):
+        for radius in radii:
             robust = robust & ~curve[radius].broken
             rows.append((radius.eps, robust))
     return [[eps, round(100 * float(robust.double().mean()), 2)] for eps, robust in rows]

@@ -34,7 +34,7 @@ class EvaluationOptions:
     process: Process = ALONE  # example i is attacked by process i % world_size, on its device
     batch_size: int = 250  # images attacked at once
     amp: Amp = "off"  # format of the attack's passes; what they break is judged again in float32
-    curve: bool = False  # also one APGD-CE at radii up to 2 eps
+    curve: tuple[Threat, ...] = ()  # also one APGD-CE at each of these radii, for norms that are evaluated
     progress: bool = True  # a bar on stderr
 
 
@@ -65,7 +65,7 @@ def evaluate(
         others = library_attacks(plan.seed, answers.ranking.shape[1])
         context = EvaluationContext(network, examples, answers.ranking, plan, store, others)
         logs = {threat: context.empty_log(threat) for threat in threats}
-        curve = curve_logs(threats, n) if options.curve else {}
+        curve = curve_logs(options.curve, n)
         store.begin(identity(context, logs, options), logs | curve, examples, threats if folder else ())
         answers.warnings += make_verified_runs(context, logs, answers.right, store, mine)
         if curve:
@@ -75,7 +75,8 @@ def evaluate(
     evaluation.clean_not_finite, evaluation.num_classes = answers.not_finite, answers.ranking.shape[1]
     if options.curve:
         evaluation.warnings += curve_warnings(threats, curve)
-        evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in threats}
+        with_curve = [threat for threat in threats if threat.norm in {radius.norm for radius in options.curve}]
+        evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in with_curve}
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
 
@@ -98,7 +99,7 @@ def identity(
         "l_norms": [threat.norm for threat in logs],
         "l_eps": [threat.eps for threat in logs],
         "amp": options.amp,
-        "curve": options.curve,
+        "curve": [f"{radius.norm} {radius.eps!r}" for radius in options.curve],
         "runs": [f"{threat}: {run}" for threat, log in logs.items() for run in log.runs],
     }
 

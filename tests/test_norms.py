@@ -157,7 +157,7 @@ def test_it_is_evaluated_stored_and_reported(network: nn.Module, examples: Examp
     in_memory = robust_accuracy(network, examples.x(torch.arange(N)), examples.y, threats, PLAN)
     check(in_memory, threats)
     assert "  blocks  " in str(in_memory)
-    options = EvaluationOptions(curve=True, progress=False)
+    options = EvaluationOptions(curve=(Threat("blocks", 0.05), Threat("L1", 4.0)), progress=False)
     result = evaluate(network, examples, threats, PLAN, options, tmp_path)
     check(result, threats)
     assert torch.equal(result.robust(threats[0]), in_memory.robust(threats[0]))
