@@ -198,7 +198,8 @@ class EvalConfig(Config):
     save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
     baseline: str | None = _run(None, "another evaluation's eval.json: paired differences to it, on the same images (none)")
-    robustbench_json: bool = _run(False, "also the fields of RobustBench's model_info, a file per norm (off)")
+    robustbench_json: bool = _run(False, "also the fields of RobustBench's model_info and an issue text for its repository, a file of each per norm (off)")
+    save_adv: str = _run("npy", "adversarial images, a file per norm: npy; pt: also a dict that torch.load reads, with labels (=)", choices=["npy", "pt"])
 
 
     def folder(self) -> tuple[str, list[str], bool]:
@@ -464,11 +465,11 @@ def checked_eval(config: EvalConfig) -> EvalConfig:
     return config
 
 
-def curve_of(config: EvalConfig, evaluated: Sequence[Threat]) -> list[Threat]:
+def curve_of(config: EvalConfig, evaluated: Sequence[Threat]) -> tuple[Threat, ...]:
     """The radii of --curve other than those evaluated, as threat models. Raises ValueError, with advice."""
     if not config.curve:
-        usual = [Threat(threat.norm, factor * threat.eps) for threat in evaluated for factor in CURVE]
-        return [] if config.curve is None else usual
+        factors = () if config.curve is None else CURVE
+        return tuple(Threat(threat.norm, factor * threat.eps) for threat in evaluated for factor in factors)
     names = [name for name, _ in config.curve]
     if names == [""]:
         if len(evaluated) > 1:
@@ -483,7 +484,7 @@ def curve_of(config: EvalConfig, evaluated: Sequence[Threat]) -> list[Threat]:
         raise ValueError("each radius may be given once")
     for threat in found:
         threats([threat.norm], [threat.eps])
-    return [threat for threat in found if not isclose(threat.eps, own[threat.norm])]
+    return tuple(threat for threat in found if not isclose(threat.eps, own[threat.norm]))
 
 
 def make_parser(config: type[Config], description: str | None) -> Parser:

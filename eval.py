@@ -32,8 +32,10 @@ from config import EvalConfig, checked_eval, curve_of, flags_given, make_parser,
 from data import DATASETS, Dataset, FolderSplit, Split, load_dataset
 from evaluation.baseline import check_baseline, read_baseline
 from evaluation.evaluate import EvaluationOptions, evaluate
+from evaluation.images import save_as_pt
+from evaluation.leaderboard import write_leaderboard_files
 from evaluation.report import worst_examples, write_report
-from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields, upper_bounds
+from evaluation.statistics import compared, difference_table, evaluation_json
 from evaluation.storage import evaluation_folder
 from models.from_file import Loaded
 from models.pretrained import check_fits, load_model
@@ -131,20 +133,19 @@ def evaluate_and_report(
     assert isinstance(test, Split)
     threats = [] if config.only_clean else threats_of(config.dataset or "", config.l_norms, config.l_eps)
     if process.is_rank0:
-        attacked = ", ".join(map(str, threats)) or "no attack"
-        what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
-        print(f"{printable(what)}: {attacked}; on {process.device}", flush=True)
+        what = printable(f"{config.model_name} on {config.n_ex} test images of {config.dataset}")
+        print(f"{what}: {', '.join(map(str, threats)) or 'no attack'}; on {process.device}", flush=True)
     examples = Examples(test.images, test.labels, test.levels)
-    curve = tuple(curve_of(config, threats))
-    options = EvaluationOptions(process, config.batch_size_eval, config.amp, curve)
+    options = EvaluationOptions(process, config.batch_size_eval, config.amp, curve_of(config, threats))
     start, env = time.time(), environment(process.device)
     result = evaluate(model, examples, threats, attack_plan(config), options, folder)
     if process.is_rank0:
         about = {"seconds": round(time.time() - start, 1), "settings": asdict(config), "environment": env}
         content = evaluation_json(result) | about
+        if config.save_adv == "pt":
+            save_as_pt(folder, examples.y, {threat: log.broken for threat, log in result.logs.items()})
         if baseline:
-            bounds = upper_bounds(content) | upper_bounds(baseline)
-            content["difference_to_baseline"] = paired(content["outcomes"], baseline["outcomes"], bounds)
+            content |= compared(content, baseline)
         finish(content, config, folder)
         shown = worst_examples(Network(model, process.device), examples, result, folder, data.class_names)
         write_report(folder / "report.html", content, test.labels.tolist(), data.class_names, shown)
@@ -161,14 +162,13 @@ def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:
     """Save eval.json and what else was asked for; print the table, differences to the baseline and warnings."""
     write_json(folder / "eval.json", content)
     if config.robustbench_json:
-        for norm in content["norms"]:
-            write_json(folder / f"robustbench_{norm}.json", robustbench_fields(content, norm))
+        write_leaderboard_files(content, folder)
     print(table(content["accuracy"]))
     if content["norms"]:
         verified = sum(about["counts"].get("images_verified", 0) for about in content["norms"].values())
         print(f"{verified} images that broke the network were read back from their files and judged again")
     if config.baseline:
-        print(difference_table(content["difference_to_baseline"], printable(config.baseline)))
+        print(difference_table(content["difference_to_baseline"], printable(content["baseline"])))
     for warning in content["warnings"]:
         print(f"WARNING: {warning}")
     passes = sum(sum(about["forward_passes"]) for about in content["norms"].values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attacks.network import Examples
 from attacks.threat import Threat
-from utils.checkpoint import UNSUPPORTED, sync
+from utils.checkpoint import UNSUPPORTED, save_atomic, sync
 
 
 class ImageFile:
@@ -95,6 +95,19 @@ def allocate(file: int, size: int) -> None:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
+
+
+def save_as_pt(folder: Path, y: Tensor, broken: Mapping[Threat, Tensor]) -> None:
+    """Also save each threat model's images as adv_THREAT.pt, which torch.load reads with weights_only=True. Raises OSError.
+
+    A dict: x_adv (N, C, H, W) float32 in [0, 1], the clean image where no attack succeeded; y (N,) labels; broken (N,) bool; norm, eps.
+    """
+    for threat, flags in broken.items():
+        path = image_path(folder, threat)
+        x_adv = torch.from_numpy(np.load(path, mmap_mode="c"))  # read when it is written
+        save_atomic(
+            {"x_adv": x_adv, "y": y, "broken": flags, "norm": threat.norm, "eps": threat.eps}, path.with_suffix(".pt")
+        )
 
 
 def image_path(folder: Path, threat: Threat) -> Path:

@@ -6,7 +6,7 @@ import base64
 import io
 import shlex
 from collections.abc import Container, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from attacks.network import Examples, Network
 from attacks.norms import NORMS
 from attacks.results import Evaluation, interval, remarks
 from evaluation.images import image_path
-from evaluation.statistics import upper_bounds
+from evaluation.statistics import radius_in_words, upper_bounds
 from utils.pictures import as_text, picture_style
 from utils.text import printable
 
@@ -101,10 +101,16 @@ def write_report(
         finalize=lambda value: printable(value, len(value)) if isinstance(value, str) else value,
     )
     command = "python " + shlex.join(content["environment"]["command"])
-    text = page.get_template("report.html").render(
-        content, pictures=pictures, command=command, interval=interval, remarks=remarks
-    )
+    settings = content["settings"]
+    title = f"Robust accuracy on {settings['dataset']}: {short_name(settings['model_name'])}"
+    words = {"title": title, "command": command, "interval": interval, "remarks": remarks, "radius": radius_in_words}
+    text = page.get_template("report.html").render(content, pictures=pictures, **words)
     path.write_text(text, encoding="utf-8")
+
+
+def short_name(network: str) -> str:
+    """The last part of a path or an address, without its end; of a function or a library's network, the file and the name."""
+    return PurePosixPath(network.partition("#")[0]).name.removesuffix(".pth") or network
 
 
 def _classes(

@@ -226,7 +226,7 @@ def test_an_interrupted_one_goes_on_with_what_its_runs_reached(tmp_path: Path, m
 
 def test_the_security_curve_drops_runs_too(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
-    radii = tuple(curve_of(EvalConfig(curve=()), THREATS[:2]))
+    radii = curve_of(EvalConfig(curve=()), THREATS[:2])
     examples, options = Examples((255 * x).round().to(torch.uint8), y, 255), EvaluationOptions(curve=radii)
     passes, curves = [], []
     for attacks in ("fast", "quick"):
