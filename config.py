@@ -67,6 +67,7 @@ _radii, _steps, _runs, _seed = (
 _mean = name_or(tuple(NORMALIZATIONS), between(-1e6, 1e6, several=True))
 _std = name_or(tuple(NORMALIZATIONS), inside(0.0, 1e6, several=True))
 CURVE = (0.25, 0.5, 0.75, 1.25, 1.5, 1.75, 2.0)  # radii of --curve in multiples of the evaluation's
+Radii = tuple[tuple[str, tuple[float, ...]], ...]  # by norm
 LATEST = ""  # what --resume alone stands for: the newest run of this command
 
 
@@ -193,7 +194,7 @@ class EvalConfig(Config):
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", between(1, 1000))
     n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", _runs)
     union_only: bool = _attack(False, "accuracy in the union alone: an example broken in one norm is not attacked in the others (off)")
-    curve: tuple[tuple[str, tuple[float, ...]], ...] | None = _attack(None, "also accuracy at these radii, one APGD-CE each: '0.01 0.02' for a single norm, or 'Linf:2/255,4/255 L1:6,12'; without RADII from 0 to 2 eps (off)", by_name(_radii), nargs="?", const=(), metavar="RADII")
+    curve: Radii | None = _attack(None, "also accuracy at these radii, one APGD-CE each: '0.01 0.02' for a single norm, or 'Linf:2/255,4/255 L1:6,12'; without RADII from 0 to 2 eps (off)", by_name(_radii), nargs="?", const=(), metavar="RADII")  # noqa: RUF009
     only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
     save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
@@ -467,24 +468,29 @@ def checked_eval(config: EvalConfig) -> EvalConfig:
 
 def curve_of(config: EvalConfig, evaluated: Sequence[Threat]) -> tuple[Threat, ...]:
     """The radii of --curve other than those evaluated, as threat models. Raises ValueError, with advice."""
+    if config.curve is None:
+        return ()
     if not config.curve:
-        factors = () if config.curve is None else CURVE
-        return tuple(Threat(threat.norm, factor * threat.eps) for threat in evaluated for factor in factors)
-    names = [name for name, _ in config.curve]
-    if names == [""]:
-        if len(evaluated) > 1:
-            example = " ".join(f"{threat.norm}:{config.curve[0][1][0]:g}" for threat in evaluated)
-            raise ValueError(f"say which norm the radii are for: '{example}'")
-        names = [evaluated[0].norm]
+        return tuple(Threat(threat.norm, factor * threat.eps) for threat in evaluated for factor in CURVE)
     own = {threat.norm: threat.eps for threat in evaluated}
-    if unknown := [name for name in names if name not in own]:
-        raise ValueError(f"{' '.join(unknown)} is not evaluated, --l_norms are {' '.join(own)}")
-    found = [Threat(name, eps) for name, (_, radii) in zip(names, config.curve, strict=True) for eps in radii]
+    found = [Threat(norm, eps) for norm, radii in _by_norm(config.curve, [*own]) for eps in radii]
     if len({*found}) < len(found):
         raise ValueError("each radius may be given once")
     for threat in found:
         threats([threat.norm], [threat.eps])
     return tuple(threat for threat in found if not isclose(threat.eps, own[threat.norm]))
+
+
+def _by_norm(curve: Radii, norms: Sequence[str]) -> Radii:
+    """Radii given without a norm are of the only one. Raises ValueError for others than those evaluated."""
+    if curve[0][0] == "" and len(norms) == 1:
+        return ((norms[0], curve[0][1]),)
+    if curve[0][0] == "":
+        example = " ".join(f"{norm}:{curve[0][1][0]:g}" for norm in norms)
+        raise ValueError(f"say which norm the radii are for: '{example}'")
+    if unknown := [norm for norm, _ in curve if norm not in norms]:
+        raise ValueError(f"{' '.join(unknown)} is not evaluated, --l_norms are {' '.join(norms)}")
+    return curve
 
 
 def make_parser(config: type[Config], description: str | None) -> Parser:
