@@ -92,7 +92,12 @@ def _of_library(path: Path, arch: str, found: list[Weights], flags: NetworkFlags
     inner = model.model if isinstance(model, Normalized) else model
     weights, places = match(inner, found)
     load_weights(inner, weights.state)
-    return Loaded(model, spec, {}, (f"{path} holds weights alone: {_normalization(spec)}", *_several(path, places)))
+    return Loaded(
+        model,
+        spec,
+        {},
+        (f"{path} holds weights alone: {_normalization(spec)} (--mean, --std)", *_several(path, places)),
+    )
 
 
 def _matched(path: Path, spec: Spec, found: list[Weights], function: str | None = None) -> Loaded:
@@ -168,7 +173,9 @@ def _assumed(path: Path, spec: Spec, weights: Weights) -> list[str]:
     network = find_network(spec["arch"])
     assert network is not None
     title = network.title or network.name
-    notes = [f"{path} holds weights alone: taken for a {title}, {spec['act']}, {_normalization(spec)} (--act)"]
+    notes = [
+        f"{path} holds weights alone: taken for a {title}, {spec['act']}, {_normalization(spec)} (--act, --mean, --std)"
+    ]
     if weights.others:
         notes.append(f"{path}: left out are {', '.join(weights.others[:5])}{' ...' * (len(weights.others) > 5)}")
     return notes
@@ -177,8 +184,7 @@ def _assumed(path: Path, spec: Spec, weights: Weights) -> list[str]:
 def _normalization(spec: Spec) -> str:
     """The input normalisation of a spec, in words."""
     mean, std = (" ".join(f"{value:.4g}" for value in spec.get(key, ())) for key in ("mean", "std"))
-    said = f"input normalisation with mean {mean} and std {std}" if mean else "no input normalisation"
-    return f"{said} (--mean, --std)"
+    return f"input normalisation with mean {mean} and std {std}" if mean else "no input normalisation"
 
 
 def _recognized(weights: Weights) -> list[Recognized]:
