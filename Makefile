@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-CODE := attacks evaluation training models utils config.py data.py train.py eval.py plot.py benchmarks examples
+CODE := attacks evaluation training models plotting utils config.py data.py train.py eval.py plot.py benchmarks examples
 
 .PHONY: demo test test-slow bench gpu lint clean
 

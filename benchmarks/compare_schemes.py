@@ -41,7 +41,7 @@ from benchmarks.scheme_report import Line, Row, packed, write_report
 from config import Config, EvalConfig, TrainConfig, checked_eval, flags_given, resolved
 from config import make_parser as make_script_parser
 from data import number_of_batches
-from plot import read_records
+from plotting.runs import read_records
 from utils.cli import Parser, UsageError, add_flag, between, blame, usage_errors, words
 from utils.run_folder import append_json_line, read_json
 

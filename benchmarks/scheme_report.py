@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from plot import COLOURS, in_order, write_beside
+from plotting.style import COLOURS, in_order, write_beside
 from utils.pictures import picture_style
 
 Line = dict[str, Any]  # of results.jsonl: a scheme with a seed

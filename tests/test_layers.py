@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("attacks", "evaluation", "training", "models", "utils")
+PACKAGES = ("attacks", "evaluation", "training", "models", "plotting", "utils")
 SCRIPTS = {"train", "eval", "plot"}
 OURS = {*PACKAGES, *SCRIPTS, "data", "config", "tests", "benchmarks"}
 ALLOWED = {
@@ -19,7 +19,8 @@ ALLOWED = {
     "training": {"attacks", "evaluation", "models", "data", "config", "utils"},
     "models": {"utils"},
     "data": {"utils"},
-    "plot": {"utils"},
+    "plotting": {"utils"},
+    "plot": {"plotting", "utils"},
     "utils": set(),
 }
 MODULES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))])

@@ -13,6 +13,10 @@ from matplotlib.figure import Figure
 
 import plot
 import train
+from plotting.networks import draw_tradeoff, points
+from plotting.runs import Run, read_run, short_labels
+from plotting.style import COLOURS
+from plotting.training import PANELS, draw_training
 
 Record = dict[str, Any]
 
@@ -65,8 +69,8 @@ def evaluation(clean: float, l1: float = 2.0, **settings: str) -> Record:
     return {"accuracy": rows(clean), "norms": norms, "settings": {"dataset": "digits", **settings}, "warnings": []}
 
 
-def read(*folders: Path) -> list[plot.Run]:
-    return [plot.read_run(folder, folder.name) for folder in folders]
+def read(*folders: Path) -> list[Run]:
+    return [read_run(folder, folder.name) for folder in folders]
 
 
 def panels(figure: Figure) -> dict[str, Axes]:
@@ -87,10 +91,10 @@ def texts(figure: Figure) -> list[str]:
 
 
 def test_a_runs_lines_are_its_metrics() -> None:
-    figure = plot.draw_training(read(make_run("a", [record(n, tested=n > 1) for n in (1, 2, 3)])))
+    figure = draw_training(read(make_run("a", [record(n, tested=n > 1) for n in (1, 2, 3)])))
     found = panels(figure)
     tested = ["accuracy, clean", *(f"accuracy, {n} (--eval_freq)" for n in ("Linf", "L2", "L1", "average", "union"))]
-    assert list(found) == [*plot.PANELS, *tested]
+    assert list(found) == [*PANELS, *tested]
     blue, red = "#0072b2", "#d55e00"
     loss = found["training loss"]
     assert drawn(loss, marker="s", color=blue) == [[(1, 1), (2, 0.5), (3, pytest.approx(1 / 3))]]
@@ -123,9 +127,9 @@ def test_several_runs_have_a_colour_each_and_norms_a_marker() -> None:
         make_run("long", [record(n, tested=True) for n in range(1, 61)]),
         make_run("short", [record(1, ["L2"])]),
     )
-    figure = plot.draw_training(read(long, short, make_run("plain", [record(1, ["clean"]), record(2, ["clean"])])))
+    figure = draw_training(read(long, short, make_run("plain", [record(1, ["clean"]), record(2, ["clean"])])))
     loss = panels(figure)["training loss"]
-    first, second, third = plot.COLOURS[:3]
+    first, second, third = COLOURS[:3]
     assert [len(line) for line in drawn(loss, color=first)] == [60] * 3
     assert drawn(loss, color=second, marker="D") == [[(1, 1)]]
     assert drawn(loss, color=third, marker="o") == [[(1, 1), (2, 0.5)]]
@@ -140,14 +144,14 @@ def test_several_runs_have_a_colour_each_and_norms_a_marker() -> None:
 
 
 def test_every_run_of_many_has_a_colour_of_its_own() -> None:
-    figure = plot.draw_training(read(*(make_run(f"run{n}", [record(1)]) for n in range(12))))
+    figure = draw_training(read(*(make_run(f"run{n}", [record(1)]) for n in range(12))))
     assert len({str(line.get_color()) for line in panels(figure)["learning rate"].lines}) == 12
 
 
 def test_one_epoch_is_seen_and_a_norm_that_was_not_drawn_is_left_out() -> None:
     first = record(1, ["Linf", "L1"])
     first["norms"]["L1"] = {"loss": None, "error": None, "running_error": 1.0, "drawn": 0.0}
-    found = panels(plot.draw_training(read(make_run("one", [first]))))
+    found = panels(draw_training(read(make_run("one", [first]))))
     for name, axes in found.items():
         assert all(line.get_marker() not in ("", "None", None) for line in axes.lines), name
         assert [tick for tick in axes.get_xticks() if 0.5 <= tick <= 1.5] == [1]
@@ -155,7 +159,7 @@ def test_one_epoch_is_seen_and_a_norm_that_was_not_drawn_is_left_out() -> None:
         assert drawn(found[name], marker="s"), name
         assert not drawn(found[name], marker="^"), name
     assert drawn(found["draw frequency"], marker="^") == [[(1, 0)]]
-    later = panels(plot.draw_training(read(make_run("two", [first, record(2)]))))
+    later = panels(draw_training(read(make_run("two", [first, record(2)]))))
     assert drawn(later["training loss"], marker="^") == [[(2, 1)]]
     assert drawn(later["running error"], marker="^") == [[(2, 30)]]
 
@@ -163,16 +167,16 @@ def test_one_epoch_is_seen_and_a_norm_that_was_not_drawn_is_left_out() -> None:
 def test_a_run_without_attack_and_an_unknown_norm() -> None:
     plain = record(1, ["clean"])
     plain["norms"]["clean"]["running_error"] = None
-    found = panels(plot.draw_training(read(make_run("plain", [plain]))))
+    found = panels(draw_training(read(make_run("plain", [plain]))))
     assert list(found) == ["training loss", "training error", "learning rate"]
-    figure = plot.draw_training(read(make_run("new", [record(1, ["Linf", "L0"])])))
+    figure = draw_training(read(make_run("new", [record(1, ["Linf", "L0"])])))
     assert drawn(panels(figure)["training loss"], marker="X") == [[(1, 2)]]
     assert texts(figure) == ["all batches", "Linf", "L0"]
 
 
 def test_averaged_weights_are_hollow() -> None:
     averaged = {"eval_ema": {"train": rows(95), "test": rows(90)}}
-    figure = plot.draw_training(read(make_run("ema", [record(1, tested=True, **averaged)])))
+    figure = draw_training(read(make_run("ema", [record(1, tested=True, **averaged)])))
     clean = panels(figure)["accuracy, clean"]
     assert drawn(clean, linestyle="-.", markerfacecolor="white") == [[(1, 90)]]
     assert drawn(clean, linestyle=":", markerfacecolor="white") == [[(1, 95)]]
@@ -191,11 +195,11 @@ def test_tradeoff_points_intervals_and_upper_bounds() -> None:
     full = make_run("full", [record(1, tested=True)], eval=evaluation(80), eval_ema=evaluation(90))
     quick = make_run("quick", [record(1, tested=True), record(2)])  # it was last tested in epoch 1
     fast = make_run("fast", [], eval=evaluation(70, attacks="fast"))
-    found = list(plot.points(read(full, quick, fast)))
+    found = list(points(read(full, quick, fast)))
     assert [point.label for point in found] == ["full", "full EMA", "quick", "fast"]
-    figure = plot.draw_tradeoff(found, 3)
+    figure = draw_tradeoff(found, 3)
     [axes] = figure.axes
-    blue, red, green = plot.COLOURS[:3]
+    blue, red, green = COLOURS[:3]
     assert drawn(axes, marker="o", color=blue, markerfacecolor=blue) == [[(80, 65)]]
     assert drawn(axes, marker="D", color=blue, markerfacecolor=blue) == [[(90, 75)]]
     assert drawn(axes, marker="o", color=red, markerfacecolor="white") == [[(61, 46)]]
@@ -208,15 +212,15 @@ def test_tradeoff_points_intervals_and_upper_bounds() -> None:
 
 
 def test_what_cannot_be_compared_is_said() -> None:
-    found = plot.points(read(make_run("a", [], eval=evaluation(80)), make_run("b", [], eval=evaluation(80, l1=3))))
-    [axes] = plot.draw_tradeoff(list(found), 2).axes
+    found = points(read(make_run("a", [], eval=evaluation(80)), make_run("b", [], eval=evaluation(80, l1=3))))
+    [axes] = draw_tradeoff(list(found), 2).axes
     assert axes.get_title() == "settings differ: not comparable"
     assert "L1 3" in axes.texts[1].get_text()
 
 
 def test_labels_of_close_points_do_not_cover_each_other() -> None:
     runs = read(*(make_run(f"a-rather-long-name-{n}", [], eval=evaluation(80 + n / 10)) for n in range(4)))
-    [axes] = plot.draw_tradeoff(list(plot.points(runs)), 4).axes
+    [axes] = draw_tradeoff(list(points(runs)), 4).axes
     boxes = [text.get_window_extent() for text in axes.texts]
     assert [box.count_overlaps(boxes) for box in boxes] == [1] * 4  # with itself
 
@@ -231,7 +235,7 @@ def test_labels_of_close_points_do_not_cover_each_other() -> None:
     ],
 )
 def test_labels_are_what_differs(names: list[str], short: list[str]) -> None:
-    assert plot.short_labels([Path(name) for name in names]) == short
+    assert short_labels([Path(name) for name in names]) == short
 
 
 def test_files_of_a_run_that_was_trained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,76 @@
+"""Run folders of train.py and result folders of eval.py, as plot.py reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.pictures import as_text
+from utils.run_folder import parse_json, read_json
+
+RESULTS = ("eval.json", "eval_ema.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds; without records it is a result of eval.py."""
+
+    label: str
+    records: list[dict[str, Any]]  # an epoch each
+    files: dict[str, dict[str, Any]]  # content of config.json and RESULTS, where there
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Raises ValueError or OSError if it is no folder, has nothing to draw or holds a damaged file."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    paths = [folder / name for name in ("config.json", *RESULTS)]
+    files = {path.name: read_json(path) for path in paths if path.exists()}
+    metrics = folder / "metrics.jsonl"
+    records = read_records(metrics) if metrics.exists() else []
+    if not records and "eval.json" not in files:
+        raise ValueError(f"{folder} has neither eval.json nor a metrics.jsonl with a finished epoch")
+    return Run(as_text(label), records, files)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a metrics.jsonl, but for a torn last line: the run is writing it. Raises ValueError."""
+    records: list[dict[str, Any]] = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON") from error
+        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+            raise ValueError(f"{path}, line {number} is no epoch of train.py")
+        records.append(record)
+    return records
+
+
+def short_labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names; of several, without the _-separated words that all share, if they still differ then."""
+    names = [folder.resolve().name for folder in folders]
+    if len(names) == 1:
+        return names
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    shared = set.intersection(*(set(name.split("_")) for name in names))
+    short = ["_".join(word for word in name.split("_") if word not in shared) for name in names]
+    return short if all(short) and len(set(short)) == len(short) else names
+
+
+def series(run: Run, *path: str) -> dict[int, Any]:
+    """What the records have there, by epoch, without what is null or missing."""
+    found = {}
+    for record in run.records:
+        value: Any = record
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            found[record["epoch"]] = value
+    return found
