@@ -1,14 +1,17 @@
-"""Networks side by side: clean against union accuracy."""
+"""Networks side by side: clean against union accuracy, and accuracy in each norm."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
+from plotting.comparison import Group, Outcomes, Result
 from plotting.runs import Run, series
 from plotting.style import GREY, colours, handle, in_order, write_beside
 from utils.pictures import as_text
@@ -16,63 +19,163 @@ from utils.pictures import as_text
 
 @dataclass(frozen=True)
 class Point:
-    """A network in the second picture. Two compare only if their setting (data set, threats) is the same."""
+    """A trained network and what is known of its accuracy. Two compare only if their setting (data set, threats) is the same."""
 
-    run: int
     label: str
+    group: str  # the label that those have which differ in their seed alone
+    seed: int
     rows: dict[str, dict[str, float]]
+    outcomes: dict[str, Outcomes]
+    radii: dict[str, float]
     setting: str
-    partial: bool  # not all attacks were made
+    attacks: str
     averaged: bool  # EMA
+
+    @property
+    def partial(self) -> bool:
+        """Is it less than the standard evaluation?"""
+        return self.attacks in ("fast", "quick") or bool(self.rows["union"].get("upper_bound"))
 
 
 def points(runs: Sequence[Run]) -> Iterator[Point]:
     """The networks whose clean and union accuracy is known: from eval.json, else from the last quick evaluation."""
-    for number, run in enumerate(runs):
+    for run in runs:
         for name, more in (("eval", ""), ("eval_ema", " EMA")):
             result, quick = run.files.get(f"{name}.json", {}), list(series(run, name, "test").values())
             rows, settings = result.get("accuracy", {}), result.get("settings", {})
-            radii = {norm: about["eps"] for norm, about in result.get("norms", {}).items()}
-            partial = settings.get("attacks") in ("fast", "quick") or bool(rows.get("union", {}).get("upper_bound"))
+            radii, attacks = {norm: about["eps"] for norm, about in result.get("norms", {}).items()}, "standard"
             if "union" not in rows and quick:
-                rows, settings, partial = quick[-1], run.files.get("config.json", {}), True
+                rows, settings, attacks = quick[-1], run.files.get("config.json", {}), "quick"
                 norms = [row for row in rows if row not in ("clean", "average", "union")]
                 radii = dict(zip(norms, settings.get("eval_eps", []), strict=False))
             if "union" in rows:
                 threats = ", ".join(f"{norm} {radii[norm]:.4g}" for norm in in_order(radii))
                 setting = as_text(f"{settings.get('dataset')}: {threats}")
-                yield Point(number, run.label + more, rows, setting, partial, bool(more))
+                outcomes = {row: np.array(values) for row, values in result.get("outcomes", {}).items()}
+                about: Any = (rows, outcomes, radii, setting, settings.get("attacks") or attacks, bool(more))
+                yield Point(run.label + more, run.group + more, run.seed, *about)
 
 
-def draw_tradeoff(found: Sequence[Point], number: int) -> Figure:
-    """Clean against union accuracy with 95 % intervals; `number` runs in all."""
+class Network(Group):
+    """Points of one label, or of one group and setting."""
+
+    def __init__(self, label: str, points: Sequence[Point]) -> None:
+        self.points, first = points, points[0]
+        self.setting, self.attacks, self.averaged, self.radii = (
+            first.setting,
+            first.attacks,
+            first.averaged,
+            first.radii,
+        )
+        self.partial = any(point.partial for point in points)
+        seeds = [point.seed for point in points]
+        if len(set(seeds)) < len(seeds):
+            seeds = [*range(len(seeds))]
+        accuracies = [{name: row["accuracy"] for name, row in point.rows.items()} for point in points]
+        numbers = [int(point.rows["clean"].get("points", 0)) for point in points]
+        results = map(Result, accuracies, numbers, (point.outcomes for point in points))
+        super().__init__(label, dict(zip(seeds, results, strict=True)))
+
+    def interval(self, name: str) -> tuple[float, float, float]:
+        """Accuracy and its ends: the 95 % interval; of several seeds the mean and a standard deviation each way."""
+        if len(self.points) == 1:
+            row = self.points[0].rows[name]
+            return row["accuracy"], row["low"], row["high"]
+        mean, deviation = self.accuracy(name)
+        return mean, mean - deviation, mean + deviation
+
+    def names(self) -> list[str]:
+        """What there is a figure of in all of them."""
+        return in_order(set.intersection(*(set(point.rows) for point in self.points)))
+
+    @property
+    def evaluation(self) -> tuple[str, str, int]:
+        """What has to be the same for two to stand in one table: data set and threats, attacks, number of images."""
+        return self.setting, self.attacks, max(result.points for result in self.results.values())
+
+
+def each_alone(found: Sequence[Point]) -> list[Network]:
+    """A network for each point."""
+    return [Network(point.label, [point]) for point in found]
+
+
+def by_group(found: Sequence[Point]) -> list[Network]:
+    """A network for all points of a group with the same evaluation."""
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for point in found:
+        evaluation = Network(point.label, [point]).evaluation
+        groups.setdefault((point.group, *evaluation), []).append(point)
+    return [Network(same[0].group, same) for same in groups.values()]
+
+
+def shades(networks: Sequence[Network], labels: Sequence[str]) -> list[Any]:
+    """A colour for each: that of its label among all `labels`; averaged weights have that of the network they are of."""
+    known = list(dict.fromkeys(labels))
+    names = [network.label.removesuffix(" EMA") if network.averaged else network.label for network in networks]
+    return [colours(len(known))[known.index(name)] for name in names]
+
+
+def draw_tradeoff(networks: Sequence[Network], labels: Sequence[str]) -> Figure:
+    """Clean against union accuracy, with `Network.interval`s; `labels`: of all that is drawn, here or elsewhere."""
     figure = Figure(figsize=(5, 4), layout="constrained")
-    axes, shades = figure.subplots(), colours(number)
-    settings = list(dict.fromkeys(point.setting for point in found))
-    places = [(point.rows["clean"]["accuracy"], point.rows["union"]["accuracy"]) for point in found]
-    for point, (x, y) in zip(found, places, strict=True):
-        colour, clean, union = shades[point.run], point.rows["clean"], point.rows["union"]
-        axes.hlines(y, clean["low"], clean["high"], colour, linewidth=0.8, alpha=0.5)
-        axes.vlines(x, union["low"], union["high"], colour, linewidth=0.8, alpha=0.5)
-        inside = "white" if point.partial else colour
-        axes.plot(x, y, "D" if point.averaged else "o", color=colour, markerfacecolor=inside, markersize=6)
+    axes, settings = figure.subplots(), list(dict.fromkeys(network.setting for network in networks))
+    for network, colour in zip(networks, shades(networks, labels), strict=True):
+        (x, left, right), (y, low, high) = network.interval("clean"), network.interval("union")
+        axes.hlines(y, left, right, colour, linewidth=0.8, alpha=0.5)
+        axes.vlines(x, low, high, colour, linewidth=0.8, alpha=0.5)
+        inside = "white" if network.partial else colour
+        axes.plot(x, y, "D" if network.averaged else "o", color=colour, markerfacecolor=inside, markersize=6)
     axes.set(xlabel="clean accuracy (%)", ylabel="accuracy on the union of the threats (%)")
-    axes.set_title(settings[0] if len(settings) == 1 else "settings differ: not comparable")
-    figure.legend(handles=tradeoff_handles(found), loc="outside lower center", ncols=4)
+    axes.set_title(title_of(settings))
+    figure.legend(handles=tradeoff_handles(networks), loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # from here on places in pixels are known
+    places = [(network.interval("clean")[0], network.interval("union")[0]) for network in networks]
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(places)]
-    for point, place in zip(found, places, strict=True):
-        text = point.label if len(settings) == 1 else f"{point.label}\n{point.setting}"
-        taken.append(write_beside(axes, place, text, shades[point.run], taken))
+    for network, place, colour in zip(networks, places, shades(networks, labels), strict=True):
+        text = network.label if len(settings) == 1 else f"{network.label}\n{network.setting}"
+        taken.append(write_beside(axes, place, text, colour, taken))
     return figure
 
 
-def tradeoff_handles(found: Sequence[Point]) -> list[Line2D]:
+def draw_bars(networks: Sequence[Network], labels: Sequence[str]) -> Figure:
+    """Accuracy, clean, in each norm and the union, a bar for each network, with `Network.interval`s."""
+    names = in_order(name for network in networks for name in network.names())
+    figure = Figure(figsize=(1.5 + 0.25 * len(names) * (len(networks) + 1), 3.2), layout="constrained")
+    axes, width = figure.subplots(), 1 / (len(networks) + 1)
+    for number, (network, colour) in enumerate(zip(networks, shades(networks, labels), strict=True)):
+        places = [place + (number + 1) * width for place, name in enumerate(names) if name in network.names()]
+        values, lows, highs = zip(*map(network.interval, [n for n in names if n in network.names()]), strict=True)
+        ends = np.array(values) - lows, np.array(highs) - values
+        look: Any = {"hatch": "///", "edgecolor": "white"} if network.averaged else {}
+        axes.bar(
+            places, values, width, yerr=ends, color=colour, label=network.label, error_kw={"linewidth": 0.8}, **look
+        )
+    axes.set_xticks(np.arange(len(names)) + 0.5, names)
+    axes.set(ylabel="accuracy (%)", ylim=(0, 100), title=title_of(dict.fromkeys(n.setting for n in networks)))
+    axes.grid(visible=False, axis="x")
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=[*handles, *interval_handles(networks)], loc="outside lower center", ncols=3)
+    return figure
+
+
+def title_of(settings: Sequence[str] | dict[str, None]) -> str:
+    """Of a picture of networks that were evaluated in these settings."""
+    return next(iter(settings)) if len(settings) == 1 else "settings differ: not comparable"
+
+
+def tradeoff_handles(networks: Sequence[Network]) -> list[Line2D]:
     """What the marks mean that are there."""
     marks = (
-        ("full evaluation", "o", GREY, [not point.partial for point in found]),
-        ("quick or fast attacks", "o", "white", [point.partial for point in found]),
-        ("EMA", "D", GREY, [point.averaged for point in found]),
+        ("full evaluation", "o", GREY, [not network.partial for network in networks]),
+        ("quick or fast attacks", "o", "white", [network.partial for network in networks]),
+        ("EMA", "D", GREY, [network.averaged for network in networks]),
     )
     there = [handle(label, marker=m, markerfacecolor=c, linestyle="") for label, m, c, seen in marks if any(seen)]
-    return [*there, handle("95 % intervals", linewidth=0.8)]
+    return [*there, *interval_handles(networks)]
+
+
+def interval_handles(networks: Sequence[Network]) -> list[Line2D]:
+    """What lines through marks and bars mean."""
+    kinds = {len(network.points) > 1: network for network in networks}
+    texts = {False: "95 % intervals", True: "standard deviation over seeds"}
+    return [handle(texts[several], linewidth=0.8) for several in sorted(kinds)]

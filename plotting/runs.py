@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,25 @@ class Run:
     label: str
     records: list[dict[str, Any]]  # an epoch each
     files: dict[str, dict[str, Any]]  # content of config.json and RESULTS, where there
+    group: str  # the label that those have which differ in their seed alone
+    seed: int  # of training
 
 
-def read_run(folder: Path, label: str) -> Run:
+SEED = re.compile(r"_?seed(\d+)")  # in the name of a run, and of its evaluations
+
+
+def read_runs(folders: Sequence[Path], labels: Sequence[str] | None = None) -> list[Run]:
+    """A run for each folder. Those of one label are a group; without labels, those whose names differ in the seed alone.
+
+    Raises ValueError or OSError for what `read_run` refuses, and for another number of labels.
+    """
+    without_seed = [Path(SEED.sub("", folder.resolve().name)) for folder in folders]
+    names = dict(zip(dict.fromkeys(without_seed), short_labels([*dict.fromkeys(without_seed)]), strict=True))
+    groups = labels or [names[name] for name in without_seed]
+    return [read_run(*each) for each in zip(folders, labels or short_labels(folders), groups, strict=True)]
+
+
+def read_run(folder: Path, label: str, group: str | None = None) -> Run:
     """Raises ValueError or OSError if it is no folder, has nothing to draw or holds a damaged file."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -32,7 +49,8 @@ def read_run(folder: Path, label: str) -> Run:
     records = read_records(metrics) if metrics.exists() else []
     if not records and "eval.json" not in files:
         raise ValueError(f"{folder} has neither eval.json nor a metrics.jsonl with a finished epoch")
-    return Run(as_text(label), records, files)
+    seed = SEED.search(folder.resolve().name)
+    return Run(as_text(label), records, files, as_text(group or label), int(seed[1][:9]) if seed else 0)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, zip_longest
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from plotting.runs import Run, series
@@ -41,7 +43,8 @@ class Curve:
     row: str
     points: dict[int, float]
     kind: str = ""  # one of KINDS, in accuracy panels
-    band: Sequence[dict[int, float]] = ()  # lower and upper ends of 95 % intervals
+    band: Sequence[dict[int, float]] = ()  # lower and upper ends: of 95 % intervals, or a standard deviation over seeds
+    seeds: int = 1
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[Curve]]:
@@ -79,20 +82,58 @@ def accuracy_curves(number: int, run: Run) -> Iterator[Curve]:
                 yield Curve(number, row, row, points, kind, band)
 
 
-def draw_training(runs: Sequence[Run]) -> Figure:
-    """Panels over epochs. Colours are runs and markers norms; of a single run, colours are norms too."""
-    panels = curves(runs)
-    training = [name for name in panels if name in PANELS]
-    groups = [names for names in (training, list(panels)[len(training) :]) if names]
-    heights = [0.5 + 2 * math.ceil(len(names) / 3) for names in groups]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+def banded(panels: dict[str, list[Curve]], runs: Sequence[Run], groups: Sequence[str]) -> dict[str, list[Curve]]:
+    """Curves of runs of one group as one: the mean over the epochs that all have, and a standard deviation each way."""
+    found: dict[str, list[Curve]] = {}
+    for panel, drawn in panels.items():
+        same: dict[tuple[int, str, str], list[Curve]] = {}
+        for curve in drawn:
+            same.setdefault((groups.index(runs[curve.run].group), curve.row, curve.kind), []).append(curve)
+        found[panel] = [mean_curve(number, each) for (number, *_), each in same.items()]
+    return {panel: kept for panel, drawn in found.items() if (kept := [curve for curve in drawn if curve.points])}
+
+
+def mean_curve(number: int, each: Sequence[Curve]) -> Curve:
+    """One curve of several, of run `number`."""
+    epochs = sorted(set.intersection(*(set(curve.points) for curve in each)))
+    values = {epoch: [curve.points[epoch] for curve in each] for epoch in epochs}
+    points = {epoch: float(np.mean(several)) for epoch, several in values.items()}
+    if len(each) == 1:
+        return replace(each[0], run=number, band=())
+    spread = {epoch: float(np.std(several, ddof=1)) for epoch, several in values.items()}
+    band = [{epoch: points[epoch] + sign * spread[epoch] for epoch in epochs} for sign in (-1, 1)]
+    return replace(each[0], run=number, points=points, band=band, seeds=len(each))
+
+
+def panel_names(runs: Sequence[Run]) -> dict[str, str]:
+    """The panels that there are, by their names on the command line: training-loss for training loss."""
+    return {name.replace(" ", "-"): name for name in curves(runs)}
+
+
+def chosen_curves(runs: Sequence[Run], chosen: Sequence[str], bands: bool) -> tuple[dict[str, list[Curve]], list[str]]:
+    """The curves of the chosen panels (all if there are none), and the labels of what they number: runs, with `bands` groups."""
+    panels, labels = curves(runs), [run.label for run in runs]
+    if bands:
+        labels = list(dict.fromkeys(run.group for run in runs))
+        panels = banded(panels, runs, labels)
+    return {name: panels[name] for name in panels if name in (chosen or panels)}, labels
+
+
+def draw_training(runs: Sequence[Run], chosen: Sequence[str] = (), bands: bool = False) -> Figure:
+    """Panels over epochs (`chosen_curves`). Colours are runs or groups, and markers norms; of a single one, colours are norms too."""
+    panels, labels = chosen_curves(runs, chosen, bands)
+    groups = [list(names) for _, names in groupby(panels, PANELS.__contains__)]  # training, then accuracy
+    columns = min(3, max(map(len, groups)))
+    heights = [0.5 + 2 * math.ceil(len(names) / columns) for names in groups]
+    figure = Figure(figsize=(max(3 * columns, 5), sum(heights)), layout="constrained")
     parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
-    shades = colours(len(runs)) if len(runs) > 1 else []
+    shades = colours(len(labels)) if len(labels) > 1 else []
     for part, names in zip(parts, groups, strict=True):
-        for axes, name in zip_longest(part.subplots(math.ceil(len(names) / 3), 3, squeeze=False).flat, names):
+        places = part.subplots(math.ceil(len(names) / columns), columns, squeeze=False)
+        for axes, name in zip_longest(places.flat, names):
             draw_panel(axes, panels.get(name, []), shades)
         drawn = [curve for name in names for curve in panels[name]]
-        draw_legend(part, drawn, shades, runs if names is groups[0] else [])
+        draw_legend(part, drawn, shades, labels if names is groups[0] else [])
     epochs = list(chain(*(curve.points for curve in chain(*panels.values()))))
     for axes in figure.axes:
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
@@ -132,23 +173,32 @@ def draw_curve(axes: Axes, curve: Curve, shades: Sequence[Any]) -> None:
     look["markerfacecolor"] = "white" if "EMA" in curve.kind else colour
     epochs = list(curve.points)
     axes.plot(epochs, list(curve.points.values()), **look)
-    if curve.kind == "test images" and not shades:
+    if curve.seeds > 1 or (curve.kind == "test images" and curve.band and not shades):
         low, high = (list(end.values()) for end in curve.band)
         axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
-def draw_legend(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any], runs: Sequence[Run]) -> None:
-    """These runs' colours, and what markers (training) or lines (accuracy) mean; their colours too unless they mean runs."""
-    handles = [handle(run.label, color=c, linewidth=3) for run, c in zip(runs, shades, strict=False) if run.records]
+def draw_legend(part: SubFigure, drawn: Sequence[Curve], shades: Sequence[Any], labels: Sequence[str]) -> None:
+    """Colours of the labels that have curves, and what markers (training) or lines (accuracy) mean; colours too unless they mean runs."""
+    there = {curve.run for curve in drawn}
+    named = enumerate(zip(labels, shades, strict=False))
+    handles = [handle(label, color=colour, linewidth=3) for number, (label, colour) in named if number in there]
     for row in in_order(curve.row for curve in drawn if not curve.kind):
         marker, colour = ROWS.get(row, OTHER)
         handles.append(handle(row, marker=marker, color=GREY if shades else colour))
-    kinds = {curve.kind for curve in drawn}
-    for kind in [kind for kind in KINDS if kind in kinds]:
-        inside = "white" if "EMA" in kind else GREY
-        handles.append(handle(kind, linestyle=KINDS[kind][2], marker="o", markerfacecolor=inside))
-    if "test images" in kinds and not shades:
-        handles.append(handle("95 % interval, test images", alpha=0.2, linewidth=8))
+    handles += kind_handles(drawn, bool(shades))
     longest = max(len(str(each.get_label())) for each in handles)
     columns = max(1, min(len(handles), 120 // (longest + 8)))
     part.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def kind_handles(drawn: Sequence[Curve], shaded: bool) -> list[Line2D]:
+    """What line styles and bands mean; `shaded`: colours are runs."""
+    kinds = {curve.kind for curve in drawn}
+    looks = [(kind, KINDS[kind][2], "white" if "EMA" in kind else GREY) for kind in KINDS if kind in kinds]
+    handles = [handle(kind, linestyle=style, marker="o", markerfacecolor=inside) for kind, style, inside in looks]
+    if any(curve.seeds > 1 for curve in drawn):
+        return [*handles, handle("standard deviation over seeds", alpha=0.2, linewidth=8)]
+    if not shaded and any(curve.kind == "test images" and curve.band for curve in drawn):
+        handles.append(handle("95 % interval, test images", alpha=0.2, linewidth=8))
+    return handles

@@ -19,7 +19,7 @@ ALLOWED = {
     "training": {"attacks", "evaluation", "models", "data", "config", "utils"},
     "models": {"utils"},
     "data": {"utils"},
-    "plotting": {"utils"},
+    "plotting": {"evaluation", "utils"},
     "plot": {"plotting", "utils"},
     "utils": set(),
 }

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import plot
 import train
-from plotting.networks import draw_tradeoff, points
+from plotting.networks import draw_tradeoff, each_alone, points
 from plotting.runs import Run, read_run, short_labels
 from plotting.style import COLOURS
 from plotting.training import PANELS, draw_training
@@ -197,7 +197,7 @@ def test_tradeoff_points_intervals_and_upper_bounds() -> None:
     fast = make_run("fast", [], eval=evaluation(70, attacks="fast"))
     found = list(points(read(full, quick, fast)))
     assert [point.label for point in found] == ["full", "full EMA", "quick", "fast"]
-    figure = draw_tradeoff(found, 3)
+    figure = draw_tradeoff(each_alone(found), ["full", "quick", "fast"])
     [axes] = figure.axes
     blue, red, green = COLOURS[:3]
     assert drawn(axes, marker="o", color=blue, markerfacecolor=blue) == [[(80, 65)]]
@@ -213,14 +213,14 @@ def test_tradeoff_points_intervals_and_upper_bounds() -> None:
 
 def test_what_cannot_be_compared_is_said() -> None:
     found = points(read(make_run("a", [], eval=evaluation(80)), make_run("b", [], eval=evaluation(80, l1=3))))
-    [axes] = draw_tradeoff(list(found), 2).axes
+    [axes] = draw_tradeoff(each_alone(list(found)), ["a", "b"]).axes
     assert axes.get_title() == "settings differ: not comparable"
     assert "L1 3" in axes.texts[1].get_text()
 
 
 def test_labels_of_close_points_do_not_cover_each_other() -> None:
     runs = read(*(make_run(f"a-rather-long-name-{n}", [], eval=evaluation(80 + n / 10)) for n in range(4)))
-    [axes] = draw_tradeoff(list(points(runs)), 4).axes
+    [axes] = draw_tradeoff(each_alone(list(points(runs))), [run.label for run in runs]).axes
     boxes = [text.get_window_extent() for text in axes.texts]
     assert [box.count_overlaps(boxes) for box in boxes] == [1] * 4  # with itself
 

@@ -1,0 +1,100 @@
+"""Networks that differ in their seed alone: means over seeds, and paired differences to others on the same images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Outcomes = np.ndarray[Any, Any]  # (N,) 0 or 1, an image each
+
+
+@dataclass(frozen=True)
+class Result:
+    """A network's accuracy in per cent on so many images, and the outcomes behind it where they are known; both by norm, clean, union."""
+
+    accuracy: Mapping[str, float]
+    points: int
+    outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
+
+
+class Group:
+    """The results of a network, by seed."""
+
+    def __init__(self, label: str, results: Mapping[int, Result]) -> None:
+        self.label, self.results = label, results
+
+    def accuracy(self, name: str) -> tuple[float, float]:
+        """Mean and standard deviation over the seeds; of one seed the standard error that so few test images have."""
+        values = [result.accuracy[name] for result in self.results.values()]
+        if len(values) > 1:
+            return float(np.mean(values)), float(np.std(values, ddof=1))
+        [result] = self.results.values()
+        return values[0], 100 * math.sqrt(values[0] / 100 * (1 - values[0] / 100) / result.points)
+
+    def difference(self, other: Group, name: str) -> tuple[float, float]:
+        """To the other's accuracy, for the seeds that both have, and its `standard_error`. Two single networks are compared anyway."""
+        seeds = [(seed, seed) for seed in self.results if seed in other.results]
+        if len(self.results) == len(other.results) == 1:
+            seeds = list(zip(self.results, other.results, strict=True))
+        pairs = [(self.results[one], other.results[two]) for one, two in seeds]
+        values = [ours.accuracy[name] - theirs.accuracy[name] for ours, theirs in pairs]
+        known = [
+            100.0 * (ours.outcomes[name] - 1.0 * theirs.outcomes[name])
+            for ours, theirs in pairs
+            if name in ours.outcomes and name in theirs.outcomes
+        ]
+        return float(np.mean(values)), standard_error(values, known if len(known) == len(values) else [])
+
+    def compares_with(self, other: Group) -> bool:
+        """Have both a seed in common, or but one network each?"""
+        return bool(self.results.keys() & other.results.keys()) or len(self.results) == len(other.results) == 1
+
+
+def standard_error(seeds: Sequence[float], images: Sequence[Any]) -> float:
+    """Of a mean difference, by its values over the seeds (S,), if there are several, and for each seed over its images (N,), if known.
+
+    The two variances are added: other seeds and other images would both have changed it.
+    """
+    variance = float(np.var(seeds, ddof=1)) / len(seeds) if len(seeds) > 1 else 0.0
+    if images:
+        per_image = np.mean(images, 0)
+        variance += float(np.var(per_image, ddof=1)) / len(per_image)
+    return math.sqrt(variance) if len(seeds) > 1 or images else math.nan
+
+
+def cell(value: tuple[float, float], sign: str = "") -> str:
+    """Mean ± what is given with it, if that is known."""
+    return f"{value[0]:{sign}.1f}" + ("" if math.isnan(value[1]) else f" ± {value[1]:.1f}")
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [
+        "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
+        for row in (heads, ["---"] * len(heads), *rows)
+    ]
+
+
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "≤": r"$\leq$",
+}
+SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
+
+
+def latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for LaTeX with the package booktabs."""
+
+    def line(row: Sequence[str]) -> str:
+        return " & ".join("".join(SPECIAL.get(c, c) for c in text) for text in row) + r" \\"
+
+    columns = "l" + "r" * (len(heads) - 1)
+    begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(heads), r"\midrule"]
+    return [*begin, *map(line, rows), r"\bottomrule", r"\end{tabular}"]
