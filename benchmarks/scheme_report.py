@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from plotting.comparison import Group, Outcomes, Result, cell, markdown
 from plotting.style import COLOURS, in_order, write_beside
 from utils.pictures import picture_style
 
@@ -23,37 +23,21 @@ def packed(outcomes: Sequence[int]) -> str:
     return np.packbits(np.array(outcomes, dtype=np.uint8)).tobytes().hex()
 
 
-def unpacked(line: Line, name: str) -> np.ndarray[Any, Any] | None:
-    """The line's outcomes (N,) in one norm, the union or clean; None if it has none."""
-    text = line.get("outcomes", {}).get(name)
-    return None if text is None else np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[: line["points"]]
+def unpacked(line: Line, name: str) -> Outcomes:
+    """The line's outcomes (N,) in one norm, the union or clean."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(line["outcomes"][name]), np.uint8))[: line["points"]]
 
 
-class Row:
-    """A scheme's results."""
+class Row(Group):
+    """A scheme's results, by seed."""
 
     def __init__(self, scheme: str, lines: Sequence[Line]) -> None:
-        self.scheme, self.lines = scheme, {line["seed"]: line for line in lines}
-
-    def accuracy(self, name: str) -> tuple[float, float]:
-        """Mean and standard deviation over the seeds; of one seed the standard error that so few test images have."""
-        values = [line["accuracy"][name] for line in self.lines.values()]
-        if len(values) > 1:
-            return float(np.mean(values)), float(np.std(values, ddof=1))
-        [line] = self.lines.values()
-        return values[0], 100 * math.sqrt(values[0] / 100 * (1 - values[0] / 100) / line["points"])
-
-    def difference(self, other: Row, name: str) -> tuple[float, float]:
-        """To the other's accuracy, for the seeds that both have, and its standard error (`standard_error`)."""
-        pairs = [(line, other.lines[seed]) for seed, line in self.lines.items() if seed in other.lines]
-        values = [ours["accuracy"][name] - theirs["accuracy"][name] for ours, theirs in pairs]
-        images = [(unpacked(ours, name), unpacked(theirs, name)) for ours, theirs in pairs]
-        known = [100.0 * (ours - 1.0 * theirs) for ours, theirs in images if ours is not None and theirs is not None]
-        return float(np.mean(values)), standard_error(values, known if len(known) == len(values) else [])
+        self.lines = lines
+        super().__init__(scheme, {line["seed"]: result(line) for line in lines})
 
     def mean(self, *keys: str) -> float:
         """Of what the lines have there."""
-        values = [line[keys[0]] if len(keys) == 1 else line[keys[0]][keys[1]] for line in self.lines.values()]
+        values = [line[keys[0]] if len(keys) == 1 else line[keys[0]][keys[1]] for line in self.lines]
         return float(np.mean(values))
 
     @property
@@ -62,31 +46,14 @@ class Row:
         return (self.mean("passes", "forward") + self.mean("passes", "backward")) * self.mean("updates") / 1000
 
 
-def standard_error(seeds: Sequence[float], images: Sequence[Any]) -> float:
-    """Of a mean difference, by its values over the seeds (S,), if there are several, and for each seed over its images (N,), if known.
-
-    The two variances are added: other seeds and other images would both have changed it.
-    """
-    variance = float(np.var(seeds, ddof=1)) / len(seeds) if len(seeds) > 1 else 0.0
-    if images:
-        per_image = np.mean(images, 0)
-        variance += float(np.var(per_image, ddof=1)) / len(per_image)
-    return math.sqrt(variance) if len(seeds) > 1 or images else math.nan
-
-
-def cell(value: tuple[float, float], sign: str = "") -> str:
-    """Mean ± what is given with it, if that is known."""
-    return f"{value[0]:{sign}.1f}" + ("" if math.isnan(value[1]) else f" ± {value[1]:.1f}")
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table."""
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+def result(line: Line) -> Result:
+    """Of a line of results.jsonl."""
+    return Result(line["accuracy"], line["points"], {name: unpacked(line, name) for name in line.get("outcomes", ())})
 
 
 def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]) -> str:
     """table.md: both tables, and what it takes to read them. missing: names of what is not finished."""
-    lines = [line for row in rows for line in row.lines.values()]
+    lines = [line for row in rows for line in row.lines]
     names = in_order(set.intersection(*(set(line["accuracy"]) for line in lines)))
     said = {key: ", ".join(dict.fromkeys(str(line[key]) for line in lines)) for key in ("setting", "points", "device")}
     commits = ", ".join(dict.fromkeys(line[name][:12] for line in lines for name in ("commit", "eval_commit")))
@@ -96,7 +63,7 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
     for row in rows:
         passes = f"{row.mean('passes', 'forward'):.1f} + {row.mean('passes', 'backward'):.1f}"
         costs = [passes, f"{row.mean('epochs'):g}", f"{row.cost:.2f}", str(len(row.lines))]
-        results.append([row.scheme, *(cell(row.accuracy(name)) for name in names), *costs])
+        results.append([row.label, *(cell(row.accuracy(name)) for name in names), *costs])
     text = [
         f"# {title}",
         f"{said['setting']}. Accuracy in % of the first {said['points']} test images, mean ± standard deviation over the seeds",
@@ -105,17 +72,17 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
         "\nPasses of the network per training image, forward + backward, of attack and weight update together. "
         f"On {said['device']}. Commit {commits}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}.",
     ]
-    for base in [row for row in rows if row.scheme == baseline]:
-        others = [row for row in rows if row is not base and set(row.lines) & set(base.lines)]
-        found = [[row.scheme, *(cell(row.difference(base, name), "+") for name in names)] for row in others]
+    for base in [row for row in rows if row.label == baseline]:
+        others = [row for row in rows if row is not base and row.compares_with(base)]
+        found = [[row.label, *(cell(row.difference(base, name), "+") for name in names)] for row in others]
         text += ["\nPaired differences in points, mean ± standard error over seeds and images:\n"] * bool(found)
         text += markdown([f"minus {baseline}", *names], found) if found else []
     shared = [flag for flag in lines[0]["train"] if all(flag in line["train"] for line in lines)]
     text.append(f"\n`eval.py {shlex.join(lines[0]['eval'])}`; `train.py {shlex.join(shared)} --seed=SEED` and\n")
     for row in rows:
-        line = next(iter(row.lines.values()))
+        line = row.lines[0]
         own = shlex.join(flag for flag in line["train"] if flag not in shared)
-        text.append(f"* {row.scheme} ({' '.join(line['norms'])}): {f'`{own}`' if own else 'nothing else'}")
+        text.append(f"* {row.label} ({' '.join(line['norms'])}): {f'`{own}`' if own else 'nothing else'}")
     text += [f"\n**Not finished**: {', '.join(missing)}."] * bool(missing)
     warnings = [f"* {line['scheme']}, seed {line['seed']}: {each}" for line in lines for each in line["warnings"]]
     text += ["\n**Warnings of eval.py**:\n", *warnings] if warnings else []
@@ -135,7 +102,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     left.set(xlabel="network passes in training, forward and backward (1000 batches)", xlim=(0, None))
     left.set(ylabel="accuracy on the union of the threats (%)")
     right.set(xlabel="clean accuracy (%)")
-    settings = dict.fromkeys(line["setting"] for row in rows for line in row.lines.values())
+    settings = dict.fromkeys(line["setting"] for row in rows for line in row.lines)
     figure.suptitle(
         f"{'; '.join(settings)}; mean and standard deviation over seeds (of one: standard error)", fontsize=9
     )
@@ -144,7 +111,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         spots = [(x, row.accuracy("union")[0]) for (x, _), row in zip(across, rows, strict=True)]
         taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform(spots)]
         for row, spot, shade in zip(rows, spots, shades, strict=True):
-            taken.append(write_beside(axes, spot, row.scheme, shade, taken))
+            taken.append(write_beside(axes, spot, row.label, shade, taken))
     return figure
 
 
