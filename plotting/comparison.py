@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-Outcomes = np.ndarray[Any, Any]  # (N,) 0 or 1, an image each
+Outcomes = np.ndarray[Any, Any]  # (N,) in [0, 1], an image each
 
 
 @dataclass(frozen=True)

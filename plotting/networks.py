@@ -51,9 +51,17 @@ def points(runs: Sequence[Run]) -> Iterator[Point]:
             if "union" in rows:
                 threats = ", ".join(f"{norm} {radii[norm]:.4g}" for norm in in_order(radii))
                 setting = as_text(f"{settings.get('dataset')}: {threats}")
-                outcomes = {row: np.array(values) for row, values in result.get("outcomes", {}).items()}
+                outcomes = outcomes_of(result.get("outcomes", {}), list(radii))
                 about: Any = (rows, outcomes, radii, setting, settings.get("attacks") or attacks, bool(more))
                 yield Point(run.label + more, run.group + more, run.seed, *about)
+
+
+def outcomes_of(found: dict[str, list[int]], norms: Sequence[str]) -> dict[str, Outcomes]:
+    """eval.json's, and with those of all norms their average, which it does not hold."""
+    outcomes = {row: np.array(values) for row, values in found.items()}
+    if norms and all(norm in outcomes for norm in norms):
+        outcomes["average"] = np.mean([outcomes[norm] for norm in norms], 0)
+    return outcomes
 
 
 class Network(Group):
@@ -153,6 +161,7 @@ def draw_bars(networks: Sequence[Network], labels: Sequence[str]) -> Figure:
     axes.set_xticks(np.arange(len(names)) + 0.5, names)
     axes.set(ylabel="accuracy (%)", ylim=(0, 100), title=title_of(dict.fromkeys(n.setting for n in networks)))
     axes.grid(visible=False, axis="x")
+    axes.set_axisbelow(True)
     handles, _ = axes.get_legend_handles_labels()
     figure.legend(handles=[*handles, *interval_handles(networks)], loc="outside lower center", ncols=3)
     return figure

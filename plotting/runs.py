@@ -71,15 +71,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def short_labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names; of several, without the _-separated words that all share, if they still differ then."""
+    """The folders' names; of several, without the _-separated words that all share, if they still differ then.
+
+    What is left of one may be nothing: it is `default`, as names tell what is not.
+    """
     names = [folder.resolve().name for folder in folders]
     if len(names) == 1:
         return names
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     shared = set.intersection(*(set(name.split("_")) for name in names))
-    short = ["_".join(word for word in name.split("_") if word not in shared) for name in names]
-    return short if all(short) and len(set(short)) == len(short) else names
+    short = ["_".join(word for word in name.split("_") if word not in shared) or "default" for name in names]
+    return short if len(set(short)) == len(short) else names
 
 
 def series(run: Run, *path: str) -> dict[int, Any]:

@@ -30,7 +30,7 @@ def tables(networks: Sequence[Network], kind: str, baseline: str | None) -> str:
         base = next((network for network in same if network.label == baseline), None)
         others = [network for network in same if base and network is not base and network.compares_with(base)]
         if base and others:
-            said = f"Paired differences in points on the same images, ± standard error over {over(others)}."
+            said = f"Paired differences in points{over([*others, base])}."
             parts += [f"{comment}{said}", "", *lines(*difference_table(others, base)), ""]
     if len(evaluations) > 1:
         parts.insert(
@@ -81,5 +81,8 @@ def spread(networks: Sequence[Network]) -> str:
 
 
 def over(networks: Sequence[Network]) -> str:
-    """What standard errors of differences are over, in words."""
-    return "seeds and images" if any(len(network.points) > 1 for network in networks) else "images"
+    """What is known of the errors of differences, in words."""
+    several = any(len(network.points) > 1 for network in networks)
+    known = all(point.outcomes for network in networks for point in network.points)
+    kinds = " and ".join(["seeds"] * several + ["images"] * known)
+    return f", ± standard error over {kinds}" if kinds else " (the outcomes of images, and so errors, are not known)"

@@ -230,7 +230,7 @@ def test_labels_of_close_points_do_not_cover_each_other() -> None:
     [
         (["runs/digits_apgd_Linf_seed0"], ["digits_apgd_Linf_seed0"]),
         (["digits_apgd_Linf_seed0", "digits_apgd_L1_seed0"], ["Linf", "L1"]),
-        (["digits_seed0", "digits_seed0_note"], ["digits_seed0", "digits_seed0_note"]),
+        (["digits_seed0", "digits_seed0_note"], ["default", "note"]),
         (["a/digits_seed0", "b/digits_seed0"], ["a/digits", "b/digits"]),
     ],
 )

@@ -89,6 +89,31 @@ def test_seeds_are_a_row_and_differences_are_paired(
     assert "standard error over seeds and images" in text
 
 
+def test_the_average_has_an_error_over_images(two: object) -> None:
+    """Its outcomes are means over the norms; eval.json does not hold them."""
+    for name, seed in (("a", 0), ("b", 1)):
+        folder = result(name, outcomes(seed))
+        content = json.loads((folder / "eval.json").read_text())
+        content["accuracy"]["average"] = {"accuracy": 50.0 + seed, "low": 40.0, "high": 60.0, "points": N}
+        (folder / "eval.json").write_text(json.dumps(content))
+    text = plot.main(["a", "b", "--table=markdown", "--baseline=a"])[-1].read_text()
+    means = [np.mean([outcomes(seed)[norm] for norm in ("Linf", "L1")], 0) for seed in (0, 1)]
+    error = 100 * (means[1] - means[0]).std(ddof=1) / N**0.5
+    assert f"+1.0 ± {error:.1f}" in text
+    assert "standard error over images." in text
+
+
+def test_errors_that_are_not_known_are_not_said() -> None:
+    for name in ("a", "b"):
+        folder = result(name, outcomes(0))
+        content = json.loads((folder / "eval.json").read_text())
+        del content["outcomes"]
+        (folder / "eval.json").write_text(json.dumps(content))
+    text = plot.main(["a", "b", "--table=markdown", "--baseline=a"])[-1].read_text()
+    assert "are not known)" in text
+    assert cells(text)["b"] == ["+0.0"] * 4
+
+
 def test_single_networks_have_intervals_and_upper_bounds_a_sign() -> None:
     ours, theirs = outcomes(0), outcomes(1)
     result("a", ours)
