@@ -18,7 +18,6 @@ finished), table.md, compare.png and compare.pdf: of what was asked for.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -43,7 +42,7 @@ from config import make_parser as make_script_parser
 from data import number_of_batches
 from plotting.runs import read_records
 from utils.cli import Parser, UsageError, add_flag, between, blame, usage_errors, words
-from utils.run_folder import append_json_line, read_json
+from utils.run_folder import append_json_line, json_lines, read_json
 
 
 @dataclass(frozen=True)
@@ -189,25 +188,6 @@ def checkpoint(run: Path) -> Path:
     return run / f"ep_{config['epochs']}{'_ema' if config.get('ema') else ''}.pth"
 
 
-def read_results(path: Path) -> list[Line]:
-    """The lines, but for those that were cut off."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            print(f"{path}: a line is no JSON, it is not used")
-    return lines
-
-
-def add_result(path: Path, line: Line) -> None:
-    """One more line, on a line of its own even if the last was cut off."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
-    append_json_line(path, line)
-
-
 def seed_list(text: str) -> tuple[int, ...]:
     """Whole numbers with blanks between, each once."""
     return tuple(dict.fromkeys(between(0, 2**63 - 1, several=True)(text)))
@@ -306,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         start = next(map(checkpoint, sorted((folder / "start").glob("*/"))), start)
     elif plan.start:
         start = checkpoint(train.main([*plan.start, *where, f"--save_dir={folder / 'start'}", "--resume"]))
-    jobs, lines, failed = plan.jobs(start), read_results(results), []
+    jobs, lines, failed = plan.jobs(start), [*json_lines(results)] if results.exists() else [], []
     left = [] if args.report_only else [job for job in jobs if not any(job.is_in(line) for line in lines)]
     print(f"{len(left)} of {len(jobs)} jobs to do", flush=True)
     for job in left:
@@ -317,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 raise
             failed.append(f"{job.scheme}, seed {job.seed}: {end.code}")
             continue
-        add_result(results, line)
+        append_json_line(results, line)
         lines.append(line)
         print(
             f"{job.scheme}, seed {job.seed}: {', '.join(f'{k} {v:g}' for k, v in line['accuracy'].items())}", flush=True

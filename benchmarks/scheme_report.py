@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
+from plot import save
 from plotting.comparison import Group, Outcomes, Result, cell, markdown
-from plotting.style import COLOURS, in_order, write_beside
+from plotting.style import COLOURS, in_order, write_labels
+from plotting.tables import difference_table
 from utils.pictures import picture_style
 
 Line = dict[str, Any]  # of results.jsonl: a scheme with a seed
@@ -74,9 +75,8 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
     ]
     for base in [row for row in rows if row.label == baseline]:
         others = [row for row in rows if row is not base and row.compares_with(base)]
-        found = [[row.label, *(cell(row.difference(base, name), "+") for name in names)] for row in others]
-        text += ["\nPaired differences in points, mean ± standard error over seeds and images:\n"] * bool(found)
-        text += markdown([f"minus {baseline}", *names], found) if found else []
+        text += ["\nPaired differences in points, mean ± standard error over seeds and images:\n"] * bool(others)
+        text += markdown(*difference_table(others, base, names)) if others else []
     shared = [flag for flag in lines[0]["train"] if all(flag in line["train"] for line in lines)]
     text.append(f"\n`eval.py {shlex.join(lines[0]['eval'])}`; `train.py {shlex.join(shared)} --seed=SEED` and\n")
     for row in rows:
@@ -109,9 +109,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure.draw_without_rendering()  # from here on places in pixels are known
     for axes, across in places.items():
         spots = [(x, row.accuracy("union")[0]) for (x, _), row in zip(across, rows, strict=True)]
-        taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform(spots)]
-        for row, spot, shade in zip(rows, spots, shades, strict=True):
-            taken.append(write_beside(axes, spot, row.label, shade, taken))
+        write_labels(axes, spots, [row.label for row in rows], shades)
     return figure
 
 
@@ -119,8 +117,6 @@ def write_report(title: str, rows: Sequence[Row], baseline: str, missing: Sequen
     """table.md, compare.png and compare.pdf."""
     text = table(title, rows, baseline, missing)
     (folder / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"\n{text}\nwrote {folder}/table.md", flush=True)
     with picture_style():
-        figure = draw(rows)
-        figure.savefig(folder / "compare.png")
-        figure.savefig(folder / "compare.pdf", metadata={"CreationDate": None})
-    print(f"\n{text}\nwrote table.md, compare.png and compare.pdf in {folder}", flush=True)
+        save({"compare": draw(rows)}, folder)

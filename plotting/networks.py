@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
 
 from plotting.comparison import Group, Outcomes, Result
 from plotting.runs import Run, series
-from plotting.style import GREY, colours, handle, in_order, write_beside
+from plotting.style import GREY, colours, handle, in_order, write_labels
 from utils.pictures import as_text
 
 
@@ -138,10 +137,8 @@ def draw_tradeoff(networks: Sequence[Network], labels: Sequence[str]) -> Figure:
     figure.legend(handles=tradeoff_handles(networks), loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # from here on places in pixels are known
     places = [(network.interval("clean")[0], network.interval("union")[0]) for network in networks]
-    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(places)]
-    for network, place, colour in zip(networks, places, shades(networks, labels), strict=True):
-        text = network.label if len(settings) == 1 else f"{network.label}\n{network.setting}"
-        taken.append(write_beside(axes, place, text, colour, taken))
+    texts = [each.label if len(settings) == 1 else f"{each.label}\n{each.setting}" for each in networks]
+    write_labels(axes, places, texts, shades(networks, labels))
     return figure
 
 

@@ -70,3 +70,12 @@ def write_beside(axes: Axes, place: tuple[float, float], text: str, colour: Any,
 
     covered(min([(side, up) for up in (0, -1, 1, -2, 2, -3, 3, -4, 4) for side in (1, -1)], key=covered))
     return label.get_window_extent()
+
+
+def write_labels(
+    axes: Axes, places: Sequence[tuple[float, float]], texts: Sequence[str], shades: Sequence[Any]
+) -> None:
+    """A label beside each point, over none of the others. The figure has been laid out: places in pixels are known."""
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(places)]
+    for place, text, colour in zip(places, texts, shades, strict=True):
+        taken.append(write_beside(axes, place, text, colour, taken))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from evaluation.statistics import radius_in_words
-from plotting.comparison import cell, latex, markdown
+from plotting.comparison import Group, cell, latex, markdown
 from plotting.networks import Network
 
 Lines = Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]
@@ -31,7 +31,8 @@ def tables(networks: Sequence[Network], kind: str, baseline: str | None) -> str:
         others = [network for network in same if base and network is not base and network.compares_with(base)]
         if base and others:
             said = f"Paired differences in points{over([*others, base])}."
-            parts += [f"{comment}{said}", "", *lines(*difference_table(others, base)), ""]
+            names = columns([*others, base])
+            parts += [f"{comment}{said}", "", *lines(*difference_table(others, base, names)), ""]
     if len(evaluations) > 1:
         parts.insert(
             0, f"{comment}Evaluations differ in data set, radii, attacks or number of images: a table for each.\n"
@@ -51,9 +52,8 @@ def accuracy_table(networks: Sequence[Network]) -> tuple[list[str], list[list[st
     return ["network", *heads, *["seeds"] * several], rows
 
 
-def difference_table(networks: Sequence[Network], base: Network) -> tuple[list[str], list[list[str]]]:
+def difference_table(networks: Sequence[Group], base: Group, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: a network each."""
-    names = columns([*networks, base])
     rows = [[network.label, *(cell(network.difference(base, name), "+") for name in names)] for network in networks]
     return [f"minus {base.label}", *names], rows
 

@@ -134,9 +134,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """One more object, on one line."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """One more object, on a line of its own, even if what was written last was cut off."""
+    with path.open("ab+") as file:
+        file.seek(max(file.tell() - 1, 0))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
