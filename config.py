@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
+from math import isclose
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +68,17 @@ _radii, _steps, _runs, _seed = (
 )
 _mean = name_or(tuple(NORMALIZATIONS), between(-1e6, 1e6, several=True))
 _std = name_or(tuple(NORMALIZATIONS), inside(0.0, 1e6, several=True))
+Curves = Mapping[str, tuple[float, ...]]  # radii by norm; none: multiples of the evaluation's
 LATEST = ""  # what --resume alone stands for: the newest run of this command
+
+
+def curves(text: str) -> Curves:
+    """argparse's type of --curve: radii by norm, those without one under ""; {} for the flag alone."""
+    parts = [word.rpartition(":") for word in words(text)] if text else []
+    found: dict[str, tuple[float, ...]] = {}
+    for norm, _, radii in parts:
+        found[norm] = found.get(norm, ()) + _radii(radii.replace(",", " ") if norm else radii)
+    return found
 
 
 def summaries() -> str:
@@ -190,7 +202,7 @@ class EvalConfig(Config):
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", between(1, 1000))
     n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", _runs)
     union_only: bool = _attack(False, "accuracy in the union alone: an example broken in one norm is not attacked in the others (off)")
-    curve: bool = _attack(False, "also accuracy at radii from 0 to 2 eps, one APGD-CE each (off)")
+    curve: Curves | None = _attack(None, "also accuracy at other radii, one APGD-CE each: '0.01 0.02' in one norm, 'Linf:2/255,4/255 L1:6,18' in several; without RADII from 0 to 2 eps (off)", curves, nargs="?", const="", metavar="RADII")  # noqa: RUF009
     only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
     save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
@@ -240,7 +252,7 @@ EVAL_RULES: Rules = (
     ("model_name", lambda c: not c.model_name, "name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth"),
     ("robustbench_json", lambda c: c.robustbench_json and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
     ("effort", lambda c: c.effort and c.attacks != "quick", "it is the dial of --attacks=quick, add that"),
-    ("curve", lambda c: c.curve and c.union_only, "it needs each norm's accuracy, which --union_only leaves out; give one of them"),
+    ("curve", lambda c: c.curve is not None and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
 )
 # fmt: on
 
@@ -368,6 +380,24 @@ def check_norms(name: str, norms: Sequence[str]) -> None:
         threats(norms, [0.5] * len(norms))
 
 
+def curves_of(norms: Sequence[str], asked: Curves) -> Curves:
+    """The radii of each norm that has a curve: all norms if none is asked for. Raises ValueError for radii that are not of these norms."""
+    if not asked:
+        return dict.fromkeys(norms, ())
+    if "" in asked:
+        if len({*norms, *asked}) > 2:
+            raise ValueError(f"say of which norm each radius is, such as '{norms[0]}:{asked[''][0]:g}'")
+        asked = {norms[0]: asked[""]}
+    for norm, radii in asked.items():
+        if norm not in norms:
+            raise ValueError(f"{printable(norm, 60)} is not evaluated, give radii of {' '.join(norms)}")
+        for smaller, radius in pairwise([0.0, *sorted(radii)]):
+            threats([norm], [radius])
+            if isclose(smaller, radius, rel_tol=1e-6):
+                raise ValueError(f"the radius {radius:g} in {norm} is given twice, name it once")
+    return asked
+
+
 def threats_of(
     dataset: str, norms: Sequence[str], eps: Sequence[float] | None, others: Mapping[str, float] | None = None
 ) -> list[Threat]:
@@ -447,9 +477,12 @@ def check_processes(config: TrainConfig, world_size: int) -> None:
 
 
 def checked_eval(config: EvalConfig) -> EvalConfig:
-    """The configuration, unchanged. Raises UsageError for flags that don't fit together."""
+    """The configuration, with the norms of --curve. Raises UsageError for flags that don't fit together."""
     check(config, EVAL_RULES)
     check_norms("--l_norms", config.l_norms)
+    if config.curve is not None:
+        with blame("--curve"):
+            config = replace(config, curve=curves_of(config.l_norms, config.curve))
     if config.l_eps:
         with blame("--l_eps"):
             threats(config.l_norms, config.l_eps)

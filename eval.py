@@ -31,6 +31,7 @@ from attacks.results import AttackPlan, table
 from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
 from data import DATASETS, Dataset, FolderSplit, Split, load_dataset
 from evaluation.baseline import check_baseline, read_baseline
+from evaluation.curve import curve_radii
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
 from evaluation.statistics import difference_table, evaluation_json, paired, robustbench_fields, upper_bounds
@@ -135,7 +136,7 @@ def evaluate_and_report(
         what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
         print(f"{printable(what)}: {attacked}; on {process.device}", flush=True)
     examples = Examples(test.images, test.labels, test.levels)
-    options = EvaluationOptions(process, config.batch_size_eval, config.amp, config.curve)
+    options = EvaluationOptions(process, config.batch_size_eval, config.amp, curve_radii(threats, config.curve))
     start, env = time.time(), environment(process.device)
     result = evaluate(model, examples, threats, attack_plan(config), options, folder)
     if process.is_rank0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ def write_report(
         bounds = upper_bounds(content)
         pictures = [_classes(content["outcomes"], bounds, labels, _short(class_names))]
         if "curve" in content:
-            pictures.append(_curve(content["curve"], bounds))
+            eps = {norm: about["eps"] for norm, about in content["norms"].items()}
+            pictures.append(_curve(content["curve"], eps, bounds))
         if examples:
             pictures.append(_grid(examples, list(content["norms"])))
     page = Environment(
@@ -125,14 +126,14 @@ def _classes(
     return _picture(figure, "Accuracy of each class", "Bars of classes with few images mean little.")
 
 
-def _curve(curve: dict[str, list[list[float]]], bounds: Container[str]) -> dict[str, str]:
-    """Accuracy against radius; `bounds`: which norms' accuracy is an upper bound at the evaluation's radius too."""
+def _curve(curve: dict[str, list[list[float]]], eps: Mapping[str, float], bounds: Container[str]) -> dict[str, str]:
+    """Accuracy against radius; eps: the evaluation's; `bounds`: which norms' accuracy is an upper bound there too."""
     figure = _figure(11, 3.6)
     each = np.atleast_1d(figure.subplots(1, len(curve), sharey=True))
     for axes, (norm, rows) in zip(each, curve.items(), strict=True):
         radii, accuracy = zip(*rows, strict=True)
         axes.plot(radii, accuracy, marker="o", color=_colour(norm))
-        axes.axvline(radii[len(radii) // 2], color="#999999", linestyle=":", label="the evaluation's radius")
+        axes.axvline(eps[norm], color="#999999", linestyle=":", label="the evaluation's radius")
         axes.set(
             title=f"{norm} (upper bound)" if norm in bounds else norm, xlabel="radius (pixels in [0, 1])", ylim=(0, 100)
         )
