@@ -207,6 +207,7 @@ class EvalConfig(Config):
     save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
     baseline: str | None = _run(None, "another evaluation's eval.json: paired differences to it, on the same images (none)")
+    save_adv: str = _run("npy", "adversarial images, a file per norm: npy, an array; pt: also a dictionary that torch.load reads, with labels and which images were broken (=)", choices=["npy", "pt"])
     robustbench_json: bool = _run(False, "also the fields of RobustBench's model_info, a file per norm (off)")
 
 
@@ -251,6 +252,7 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
 EVAL_RULES: Rules = (
     ("model_name", lambda c: not c.model_name, "name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth"),
     ("robustbench_json", lambda c: c.robustbench_json and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
+    ("save_adv", lambda c: c.save_adv == "pt" and c.only_clean, "without an attack there are no adversarial images, leave one of the two flags out"),
     ("effort", lambda c: c.effort and c.attacks != "quick", "it is the dial of --attacks=quick, add that"),
     ("curve", lambda c: c.curve is not None and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
 )

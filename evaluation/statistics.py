@@ -1,4 +1,4 @@
-"""An evaluation as files tell it: eval.json's content, paired differences between two, RobustBench's fields."""
+"""An evaluation as files tell it: eval.json's content, paired differences between two."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from attacks.norms import NORMS
-from attacks.results import AttackLog, Evaluation, remarks
+from attacks.results import AttackLog, Evaluation
 from attacks.threat import Threat
-
-ROBUSTBENCH = (
-    "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps", "clean_acc",
-    "reported", "autoattack_acc", "footnote",
-)  # fmt: skip
 
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -98,23 +92,3 @@ def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:
         bound = "   of upper bounds" if row.get("upper_bound") else ""
         lines.append(f"  {name:<26}{row['difference']:+7.2f}     [{row['low']:+6.1f}, {row['high']:+6.1f}]{bound}")
     return "\n".join(lines)
-
-
-def robustbench_fields(content: dict[str, Any], norm: str) -> dict[str, Any]:
-    """The fields of RobustBench's model_info/DATASET/NORM/ID.json; null where a person must fill them in."""
-    settings, accuracy, eps = content["settings"], content["accuracy"], content["norms"][norm]["eps"]
-    levels = round(eps * 255, 6)
-    in_levels = norm in NORMS and NORMS[norm].per_pixel and levels == round(levels)
-    row = accuracy[norm]
-    robust = f"{row['accuracy']:.2f}{''.join(f' ({remark})' for remark in remarks(row))}"
-    full = settings["attacks"] == "autoattack"
-    other = "" if full else f"; {robust} under the {settings['attacks']} attacks, not AutoAttack"
-    return dict.fromkeys(ROBUSTBENCH) | {
-        "name": settings["model_name"],
-        "number_forward_passes": 1,
-        "dataset": settings["dataset"],
-        "eps": f"{levels:.0f}/255" if in_levels else f"{eps:g}",
-        "clean_acc": f"{accuracy['clean']['accuracy']:.2f}",
-        "autoattack_acc": robust if full else None,
-        "footnote": f"{settings['n_ex']} test images{other}",
-    }

@@ -195,6 +195,8 @@ EVAL_ERRORS = [
     (["--model_name=net.pth", "--baseline=absent.json"], "--baseline", "absent.json"),
     (["--model_name=net.pth", "--baseline=text.pth"], "--baseline", "not a JSON file"),
     (["--model_name=net.pth", "--baseline=other.json"], "--baseline", "500 test images"),
+    (["--model_name=net.pth", "--save_adv=pth"], "--save_adv", "npy"),
+    (["--model_name=net.pth", "--save_adv=pt", "--only_clean"], "--save_adv", "no adversarial images"),
     (["--model_name=net.pth", "--curve=0.1 0.2"], "--curve", "'Linf:0.1'"),
     (["--model_name=net.pth", "--l_norms=L2", "--curve=0.1 L2:0.2 Linf:0.3"], "--curve", "of which norm"),
     (["--model_name=net.pth", "--curve=Linf:0.1 L1"], "--curve", "number or a fraction"),
