@@ -208,7 +208,7 @@ class EvalConfig(Config):
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
     baseline: str | None = _run(None, "another evaluation's eval.json: paired differences to it, on the same images (none)")
     save_adv: str = _run("npy", "adversarial images, a file per norm: npy, an array; pt: also a dictionary that torch.load reads, with labels and which images were broken (=)", choices=["npy", "pt"])
-    robustbench_json: bool = _run(False, "also the fields of RobustBench's model_info, a file per norm (off)")
+    robustbench_json: bool = _run(False, "also what RobustBench asks of a network: model_info's fields and the text of an issue, a file of each per norm (off)")
 
 
     def folder(self) -> tuple[str, list[str], bool]:

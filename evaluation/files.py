@@ -11,8 +11,9 @@ from attacks.network import Examples, Network
 from attacks.results import Evaluation, table
 from evaluation.images import save_as_pt
 from evaluation.report import worst_examples, write_report
-from evaluation.robustbench import robustbench_fields
+from evaluation.robustbench import issue_text, robustbench_fields
 from evaluation.statistics import difference_table
+from utils.checkpoint import write_atomic
 from utils.run_folder import write_json
 from utils.text import printable
 
@@ -51,6 +52,7 @@ def write_files(folder: Path, content: dict[str, Any], evaluated: Evaluated) -> 
     if settings["robustbench_json"]:
         for norm in content["norms"]:
             write_json(folder / f"robustbench_{norm}.json", robustbench_fields(content, norm))
+            write_atomic(issue_text(content, norm).encode(), folder / f"issue_{norm}.md")
     if settings["save_adv"] == "pt":
         for threat, log in evaluated.result.logs.items():
             save_as_pt(folder, threat, examples.y, log.broken)

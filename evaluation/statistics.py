@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attacks.norms import NORMS
 from attacks.results import AttackLog, Evaluation
 from attacks.threat import Threat
 
@@ -47,6 +48,13 @@ def _numbers(chosen: Tensor) -> list[int]:
     """Which of (N,) bool are true."""
     found: list[int] = chosen.nonzero()[:, 0].tolist()
     return found
+
+
+def radius_text(norm: str, eps: float) -> str:
+    """A radius for pixels in [0, 1]: 8/255 in a norm that bounds each pixel alone, where that is exact, else 0.5."""
+    levels = round(eps * 255, 6)
+    in_levels = norm in NORMS and NORMS[norm].per_pixel and levels == round(levels)
+    return f"{levels:.0f}/255" if in_levels else f"{eps:g}"
 
 
 def upper_bounds(content: Mapping[str, Any]) -> set[str]:
