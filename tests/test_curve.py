@@ -115,11 +115,11 @@ def test_a_curve_falls_whatever_the_attacks_find(
 
 def test_the_picture_marks_the_evaluations_radius(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(report, "_picture", lambda figure, *_: figures.append(figure) or {})
+    monkeypatch.setattr(report, "_picture", lambda _, __, *shown: figures.extend(shown) or {})
     rows = [[0.0, 90.0], [0.3, 60.0], [0.31, 50.0], [0.32, 40.0], [2.0, 0.0]]
     report._curve({"L2": rows, "L1": rows}, {"L2": 0.3, "Linf": 0.1, "L1": 2.0}, ())
-    for axes, eps in zip(figures[0].axes, (0.3, 2.0), strict=True):
-        curve, mark = axes.lines
+    for figure, eps in zip(figures, (0.3, 2.0), strict=True):
+        curve, mark = figure.axes[0].lines
         assert list(curve.get_xdata()) == [eps for eps, _ in rows]
         assert list(mark.get_xdata()) == [eps, eps]
 
