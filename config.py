@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from math import isclose
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,6 @@ from utils.cli import (
     add_flag,
     between,
     blame,
-    by_name,
     flag,
     fraction,
     inside,
@@ -66,9 +66,17 @@ _radii, _steps, _runs, _seed = (
 )
 _mean = name_or(tuple(NORMALIZATIONS), between(-1e6, 1e6, several=True))
 _std = name_or(tuple(NORMALIZATIONS), inside(0.0, 1e6, several=True))
-CURVE = (0.25, 0.5, 0.75, 1.25, 1.5, 1.75, 2.0)  # radii of --curve in multiples of the evaluation's
-Radii = tuple[tuple[str, tuple[float, ...]], ...]  # by norm
+Curves = Mapping[str, tuple[float, ...]]  # radii by norm; none: multiples of the evaluation's
 LATEST = ""  # what --resume alone stands for: the newest run of this command
+
+
+def curves(text: str) -> Curves:
+    """argparse's type of --curve: radii by norm, those without one under ""; {} for the flag alone."""
+    parts = [word.rpartition(":") for word in words(text)] if text else []
+    found: dict[str, tuple[float, ...]] = {}
+    for norm, _, radii in parts:
+        found[norm] = found.get(norm, ()) + _radii(radii.replace(",", " ") if norm else radii)
+    return found
 
 
 def summaries() -> str:
@@ -194,13 +202,13 @@ class EvalConfig(Config):
     n_restarts: int | None = _attack(None, "runs of APGD-CE in each norm (Linf, L2: 1, L1: 5)", between(1, 1000))
     n_targets: int | None = _attack(None, "runs of APGD-T in each norm (Linf, L2: 9, L1: 5; fast: 0)", _runs)
     union_only: bool = _attack(False, "accuracy in the union alone: an example broken in one norm is not attacked in the others (off)")
-    curve: Radii | None = _attack(None, "also accuracy at these radii, one APGD-CE each: '0.01 0.02' for a single norm, or 'Linf:2/255,4/255 L1:6,12'; without RADII from 0 to 2 eps (off)", by_name(_radii), nargs="?", const=(), metavar="RADII")  # noqa: RUF009
+    curve: Curves | None = _attack(None, "also accuracy at other radii, one APGD-CE each: '0.01 0.02' in one norm, 'Linf:2/255,4/255 L1:6,18' in several; without RADII from 0 to 2 eps (off)", curves, nargs="?", const="", metavar="RADII")  # noqa: RUF009
     only_clean: bool = _attack(False, "no attack, clean accuracy alone (off)")
     save_dir: str = _run("./results", "folder in which the result's folder is made (=)")
     resume: bool = _run(False, "resume the same command's newest evaluation, if there is one (off)")
     baseline: str | None = _run(None, "another evaluation's eval.json: paired differences to it, on the same images (none)")
-    robustbench_json: bool = _run(False, "also the fields of RobustBench's model_info and an issue text for its repository, a file of each per norm (off)")
-    save_adv: str = _run("npy", "adversarial images, a file per norm: npy; pt: also a dict that torch.load reads, with labels (=)", choices=["npy", "pt"])
+    save_adv: str = _run("npy", "adversarial images, a file per norm: npy, an array; pt: also a dictionary that torch.load reads, with labels and which images were broken (=)", choices=["npy", "pt"])
+    robustbench_json: bool = _run(False, "also what RobustBench asks of a network: model_info's fields and the text of an issue, a file of each per norm (off)")
 
 
     def folder(self) -> tuple[str, list[str], bool]:
@@ -244,6 +252,7 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
 EVAL_RULES: Rules = (
     ("model_name", lambda c: not c.model_name, "name the network to evaluate, such as --model_name=runs/RUN/ep_80.pth"),
     ("robustbench_json", lambda c: c.robustbench_json and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
+    ("save_adv", lambda c: c.save_adv == "pt" and c.only_clean, "without an attack there are no adversarial images, leave one of the two flags out"),
     ("effort", lambda c: c.effort and c.attacks != "quick", "it is the dial of --attacks=quick, add that"),
     ("curve", lambda c: c.curve is not None and (c.union_only or c.only_clean), "it needs each norm's accuracy; leave --union_only and --only_clean out"),
 )
@@ -373,6 +382,24 @@ def check_norms(name: str, norms: Sequence[str]) -> None:
         threats(norms, [0.5] * len(norms))
 
 
+def curves_of(norms: Sequence[str], asked: Curves) -> Curves:
+    """The radii of each norm that has a curve: all norms if none is asked for. Raises ValueError for radii that are not of these norms."""
+    if not asked:
+        return dict.fromkeys(norms, ())
+    if "" in asked:
+        if len({*norms, *asked}) > 2:
+            raise ValueError(f"say of which norm each radius is, such as '{norms[0]}:{asked[''][0]:g}'")
+        asked = {norms[0]: asked[""]}
+    for norm, radii in asked.items():
+        if norm not in norms:
+            raise ValueError(f"{printable(norm, 60)} is not evaluated, give radii of {' '.join(norms)}")
+        for smaller, radius in pairwise([0.0, *sorted(radii)]):
+            threats([norm], [radius])
+            if isclose(smaller, radius, rel_tol=1e-6):
+                raise ValueError(f"the radius {radius:g} in {norm} is given twice, name it once")
+    return asked
+
+
 def threats_of(
     dataset: str, norms: Sequence[str], eps: Sequence[float] | None, others: Mapping[str, float] | None = None
 ) -> list[Threat]:
@@ -452,45 +479,19 @@ def check_processes(config: TrainConfig, world_size: int) -> None:
 
 
 def checked_eval(config: EvalConfig) -> EvalConfig:
-    """The configuration, unchanged. Raises UsageError for flags that don't fit together."""
+    """The configuration, with the norms of --curve. Raises UsageError for flags that don't fit together."""
     check(config, EVAL_RULES)
     check_norms("--l_norms", config.l_norms)
+    if config.curve is not None:
+        with blame("--curve"):
+            config = replace(config, curve=curves_of(config.l_norms, config.curve))
     if config.l_eps:
         with blame("--l_eps"):
             threats(config.l_norms, config.l_eps)
-    with blame("--curve"):
-        curve_of(config, threats(config.l_norms, config.l_eps or [0.5] * len(config.l_norms)))
     with blame("--attacks"):
         for norm in config.l_norms:
             AttackPlan(config.attacks).runs(norm, num_classes=2)
     return config
-
-
-def curve_of(config: EvalConfig, evaluated: Sequence[Threat]) -> tuple[Threat, ...]:
-    """The radii of --curve other than those evaluated, as threat models. Raises ValueError, with advice."""
-    if config.curve is None:
-        return ()
-    if not config.curve:
-        return tuple(Threat(threat.norm, factor * threat.eps) for threat in evaluated for factor in CURVE)
-    own = {threat.norm: threat.eps for threat in evaluated}
-    found = [Threat(norm, eps) for norm, radii in _by_norm(config.curve, [*own]) for eps in radii]
-    if len({*found}) < len(found):
-        raise ValueError("each radius may be given once")
-    for threat in found:
-        threats([threat.norm], [threat.eps])
-    return tuple(threat for threat in found if not isclose(threat.eps, own[threat.norm]))
-
-
-def _by_norm(curve: Radii, norms: Sequence[str]) -> Radii:
-    """Radii given without a norm are of the only one. Raises ValueError for others than those evaluated."""
-    if curve[0][0] == "" and len(norms) == 1:
-        return ((norms[0], curve[0][1]),)
-    if curve[0][0] == "":
-        example = " ".join(f"{norm}:{curve[0][1][0]:g}" for norm in norms)
-        raise ValueError(f"say which norm the radii are for: '{example}'")
-    if unknown := [norm for norm, _ in curve if norm not in norms]:
-        raise ValueError(f"{' '.join(unknown)} is not evaluated, --l_norms are {' '.join(norms)}")
-    return curve
 
 
 def make_parser(config: type[Config], description: str | None) -> Parser:

@@ -23,19 +23,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from attacks.early_stop import DEFAULT_EFFORT
 from attacks.network import Examples, Network
-from attacks.results import AttackPlan, table
-from config import EvalConfig, checked_eval, curve_of, flags_given, make_parser, threats_of
+from attacks.results import AttackPlan
+from config import EvalConfig, checked_eval, flags_given, make_parser, threats_of
 from data import DATASETS, Dataset, FolderSplit, Split, load_dataset
-from evaluation.baseline import check_baseline, read_baseline
+from evaluation.baseline import check_baseline, compared, read_baseline
+from evaluation.curve import curve_radii
 from evaluation.evaluate import EvaluationOptions, evaluate
-from evaluation.images import save_as_pt
-from evaluation.leaderboard import write_leaderboard_files
-from evaluation.report import worst_examples, write_report
-from evaluation.statistics import compared, difference_table, evaluation_json
+from evaluation.files import Evaluated, summary, write_files
+from evaluation.statistics import evaluation_json
 from evaluation.storage import evaluation_folder
 from models.from_file import Loaded
 from models.pretrained import check_fits, load_model
@@ -43,7 +40,7 @@ from models.robustbench_zoo import published_preparation
 from utils.cli import UsageError, blame, one_line_end, usage_errors
 from utils.distributed import Process, choose_device, local_device, print_on_rank0, process_group, run_on_rank0
 from utils.precision import check_amp, set_up_torch
-from utils.run_folder import environment, write_json
+from utils.run_folder import environment
 from utils.signals import Signals
 from utils.text import printable
 
@@ -75,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
             with blame("--baseline"):
                 radii = dict(zip(config.l_norms, config.l_eps or (), strict=False))  # none with --only_clean
                 check_baseline(config.baseline or "", baseline, asdict(config), radii)
-        model = loaded.model.eval().to(device).requires_grad_(False)
+        loaded = replace(loaded, model=loaded.model.eval().to(device).requires_grad_(False))
         with blame("--model_name"):
-            check_fits(model, data.shape, data.num_classes)
+            check_fits(loaded.model, data.shape, data.num_classes)
         process = stack.enter_context(process_group(device))
         with blame("--data_dir"):
             data = replace(data, test=data.test.take(config.n_ex or 0).in_memory(process))
@@ -85,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         with blame("--resume" if config.resume else "--save_dir"):
             folder = run_on_rank0(lambda: evaluation_folder(*config.folder(), stack))
         folders.append(folder)
-        evaluate_and_report(config, data, model, process, folder, baseline)
+        evaluate_and_report(config, data, loaded, process, folder, baseline)
         return folder
 
 
@@ -123,32 +120,30 @@ def load_data(config: EvalConfig, loaded: Loaded) -> tuple[Dataset, EvalConfig]:
 def evaluate_and_report(
     config: EvalConfig,
     data: Dataset,
-    model: nn.Module,
+    loaded: Loaded,
     process: Process,
     folder: Path,
     baseline: dict[str, Any] | None,
 ) -> None:
-    """Attack, print, save; the data set's test images are in memory."""
-    test = data.test
+    """Attack, print, save; the data set's test images are in memory, the network is on the process' device."""
+    test, model = data.test, loaded.model
     assert isinstance(test, Split)
     threats = [] if config.only_clean else threats_of(config.dataset or "", config.l_norms, config.l_eps)
     if process.is_rank0:
-        what = printable(f"{config.model_name} on {config.n_ex} test images of {config.dataset}")
-        print(f"{what}: {', '.join(map(str, threats)) or 'no attack'}; on {process.device}", flush=True)
+        attacked = ", ".join(map(str, threats)) or "no attack"
+        what = f"{config.model_name} on {config.n_ex} test images of {config.dataset}"
+        print(f"{printable(what)}: {attacked}; on {process.device}", flush=True)
     examples = Examples(test.images, test.labels, test.levels)
-    options = EvaluationOptions(process, config.batch_size_eval, config.amp, curve_of(config, threats))
+    options = EvaluationOptions(process, config.batch_size_eval, config.amp, curve_radii(threats, config.curve))
     start, env = time.time(), environment(process.device)
     result = evaluate(model, examples, threats, attack_plan(config), options, folder)
     if process.is_rank0:
-        about = {"seconds": round(time.time() - start, 1), "settings": asdict(config), "environment": env}
-        content = evaluation_json(result) | about
-        if config.save_adv == "pt":
-            save_as_pt(folder, examples.y, {threat: log.broken for threat, log in result.logs.items()})
+        about = {"seconds": round(time.time() - start, 1), "settings": asdict(config), "network": loaded.spec}
+        content = evaluation_json(result) | about | {"environment": env}
         if baseline:
-            content |= compared(content, baseline)
-        finish(content, config, folder)
-        shown = worst_examples(Network(model, process.device), examples, result, folder, data.class_names)
-        write_report(folder / "report.html", content, test.labels.tolist(), data.class_names, shown)
+            content |= compared(content, baseline, config.baseline or "")
+        print(summary(content))
+        write_files(folder, content, Evaluated(result, Network(model, process.device), examples, data.class_names))
         print(f"saved in {folder}; open report.html there to look at it")
 
 
@@ -156,23 +151,6 @@ def attack_plan(config: EvalConfig) -> AttackPlan:
     """What the flags ask for."""
     numbers = config.n_iter, config.n_restarts, config.n_targets
     return AttackPlan(config.attacks, *numbers, config.union_only, config.seed, config.effort or DEFAULT_EFFORT)
-
-
-def finish(content: dict[str, Any], config: EvalConfig, folder: Path) -> None:
-    """Save eval.json and what else was asked for; print the table, differences to the baseline and warnings."""
-    write_json(folder / "eval.json", content)
-    if config.robustbench_json:
-        write_leaderboard_files(content, folder)
-    print(table(content["accuracy"]))
-    if content["norms"]:
-        verified = sum(about["counts"].get("images_verified", 0) for about in content["norms"].values())
-        print(f"{verified} images that broke the network were read back from their files and judged again")
-    if config.baseline:
-        print(difference_table(content["difference_to_baseline"], printable(content["baseline"])))
-    for warning in content["warnings"]:
-        print(f"WARNING: {warning}")
-    passes = sum(sum(about["forward_passes"]) for about in content["norms"].values())
-    print(f"{content['seconds']:.0f} s; {passes} forward passes of the attacks")
 
 
 if __name__ == "__main__":

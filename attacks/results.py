@@ -151,9 +151,7 @@ class Evaluation:
     clean: Tensor  # (N,) bool: right without an attack
     logs: dict[Threat, AttackLog] = field(default_factory=dict)
     plan: AttackPlan = STANDARD  # with union_only, examples broken in one norm are not attacked in others: only clean and union are known
-    curve: dict[Threat, list[list[float]]] = field(
-        default_factory=dict
-    )  # [radius, accuracy in per cent], in the order of the radii
+    curve: dict[Threat, list[list[float]]] = field(default_factory=dict)  # [radius, accuracy in per cent], from 0 on
     warnings: list[str] = field(default_factory=list)  # why the figures should not be believed
     x_adv: dict[Threat, Tensor] = field(default_factory=dict)
     """(N, C, H, W) float32, in memory: the image that broke the example, the clean one where none did (robust_accuracy alone)."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation.statistics import paired, upper_bounds
 from utils.run_folder import read_json
 
 SAME = ("dataset", "n_ex", "image_size", "class_order")  # settings that tell which images
@@ -38,6 +39,13 @@ def check_baseline(path: str, content: dict[str, Any], settings: Mapping[str, An
         _check_radius(path, norm, norms.get(norm), radii[norm])
     if norms.keys() != radii.keys():
         outcomes.pop("union", None)
+
+
+def compared(content: Mapping[str, Any], baseline: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """eval.json's fields of --baseline: which network it is, by what attacks, and the differences to it, this evaluation minus that one."""
+    bounds, settings = upper_bounds(content) | upper_bounds(baseline), baseline["settings"]
+    about = {"file": path} | {name: str(settings.get(name, "unknown")) for name in ("model_name", "attacks")}
+    return {"baseline": about, "difference_to_baseline": paired(content["outcomes"], baseline["outcomes"], bounds)}
 
 
 def _check_settings(path: str, there: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,49 +12,69 @@ from attacks.results import AttackLog, AttackRun, Evaluation
 from attacks.standard import EvaluationContext, ThreatEvaluator
 from attacks.threat import Threat
 
-Curve = Mapping[Threat, AttackLog]  # what one APGD-CE breaks at each radius other than the evaluation's own
+FACTORS = (0.25, 0.5, 0.75, 1.25, 1.5, 1.75, 2.0)  # of the evaluation's radius, where no radii are given
+CurveRadii = Mapping[Threat, Sequence[Threat]]
+"""By threat model of the evaluation the other radii of its curve, increasing: the same norm at each."""
 
 
-def curve_logs(radii: Sequence[Threat], n: int) -> dict[Threat, AttackLog]:
-    """An empty log on n examples for each of the radii, in increasing order."""
-    return {radius: AttackLog.empty([AttackRun("CE")], n) for radius in sorted(radii, key=lambda radius: radius.eps)}
+def curve_radii(threats: Sequence[Threat], asked: Mapping[str, Sequence[float]] | None) -> dict[Threat, list[Threat]]:
+    """The radii of each curve that is asked for: by norm its radii in any order, none for multiples of the evaluation's, 0 to 2 eps."""
+    found = {}
+    for threat in threats:
+        if asked is not None and threat.norm in asked:
+            radii = sorted(asked[threat.norm]) or [factor * threat.eps for factor in FACTORS]
+            others = [eps for eps in radii if not math.isclose(eps, threat.eps, rel_tol=1e-6)]
+            found[threat] = [Threat(threat.norm, eps) for eps in others]
+    return found
 
 
-def of_norm(threat: Threat, curve: Curve) -> tuple[list[Threat], list[Threat]]:
-    """The curve's radii of the threat's norm, below and above its own."""
-    radii = [radius for radius in curve if radius.norm == threat.norm]
-    return [radius for radius in radii if radius.eps < threat.eps], [r for r in radii if r.eps > threat.eps]
+def curve_logs(radii: CurveRadii, n: int) -> dict[Threat, AttackLog]:
+    """An empty log of one APGD-CE on n examples at each of the other radii."""
+    return {radius: AttackLog.empty([AttackRun("CE")], n) for others in radii.values() for radius in others}
 
 
-def make_curve_runs(context: EvaluationContext, logs: Mapping[Threat, AttackLog], curve: Curve, chosen: Tensor) -> None:
+def below_and_above(threat: Threat, others: Sequence[Threat]) -> tuple[list[Threat], list[Threat]]:
+    """The radii smaller and larger than the evaluation's own."""
+    return [each for each in others if each.eps < threat.eps], [each for each in others if each.eps > threat.eps]
+
+
+def make_curve_runs(
+    context: EvaluationContext,
+    radii: CurveRadii,
+    logs: Mapping[Threat, AttackLog],
+    curve: Mapping[Threat, AttackLog],
+    chosen: Tensor,
+) -> None:
     """Fill the curve's logs on the examples chosen (N,) bool: one robust at eps is robust below, one broken at a radius is broken above."""
-    for threat, log in logs.items():
-        starts = (chosen & log.broken, chosen & ~log.broken)
-        for radii, pending in zip(of_norm(threat, curve), starts, strict=True):
-            for radius in radii:
+    for threat, others in radii.items():
+        below, above = below_and_above(threat, others)
+        for group, pending in ((below, chosen & logs[threat].broken), (above, chosen & ~logs[threat].broken)):
+            for radius in group:
                 ThreatEvaluator(context, radius, curve[radius]).run(pending)
                 pending = pending & ~curve[radius].broken
 
 
-def curve_warnings(threats: Sequence[Threat], curve: Curve) -> list[str]:
+def curve_warnings(radii: CurveRadii, curve: Mapping[Threat, AttackLog]) -> list[str]:
     """At how many examples logits or gradients were not finite at the other radii."""
     found = []
-    for threat in threats:
-        logs = [log.not_finite for radius, log in curve.items() if radius.norm == threat.norm]
-        if number := int(torch.stack(logs).any(0).sum()) if logs else 0:
+    for threat, others in radii.items():
+        logs = [curve[radius].not_finite for radius in others]
+        if logs and (number := int(torch.stack(logs).any(0).sum())):
             found.append(
                 f"{threat.norm}'s security curve: logits or gradients were infinite or NaN at {number} images: it may be far too high"
             )
     return found
 
 
-def accuracy_curve(evaluation: Evaluation, threat: Threat, curve: Curve) -> list[list[float]]:
-    """[radius, per cent] at 0, the curve's radii and the threat's own, in order; the logs at the other radii have who broke there first."""
+def accuracy_curve(
+    evaluation: Evaluation, threat: Threat, others: Sequence[Threat], curve: Mapping[Threat, AttackLog]
+) -> list[list[float]]:
+    """[radius, per cent] from 0 on, the evaluation's radius among them; the logs at the other radii have who broke there first."""
     rows = []
-    starts = ((0.0, evaluation.clean), (threat.eps, evaluation.robust(threat)))
-    for (eps, robust), radii in zip(starts, of_norm(threat, curve), strict=True):
+    below, above = below_and_above(threat, others)
+    for eps, robust, group in ((0.0, evaluation.clean, below), (threat.eps, evaluation.robust(threat), above)):
         rows.append((eps, robust))
-        for radius in radii:
+        for radius in group:
             robust = robust & ~curve[radius].broken
             rows.append((radius.eps, robust))
     return [[eps, round(100 * float(robust.double().mean()), 2)] for eps, robust in rows]

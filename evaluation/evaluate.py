@@ -6,7 +6,7 @@ The attacks are those of attacks/standard.py. Here is where the runs that finish
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from attacks.network import CleanAnswers, Examples, Network, clean_answers
 from attacks.results import STANDARD, AttackLog, AttackPlan, Evaluation
 from attacks.standard import EvaluationContext, OtherAttack, make_runs
 from attacks.threat import Threat
-from evaluation.curve import accuracy_curve, curve_logs, curve_warnings, make_curve_runs
-from evaluation.storage import FOUND, Store
+from evaluation.curve import CurveRadii, accuracy_curve, curve_logs, curve_warnings, make_curve_runs
+from evaluation.storage import FOUND, Store, by_key
 from utils.checkpoint import fingerprint, tensors_fingerprint
 from utils.distributed import ALONE, Process, all_gather
 from utils.precision import Amp, autocast_model, with_cast_weights
@@ -34,7 +34,7 @@ class EvaluationOptions:
     process: Process = ALONE  # example i is attacked by process i % world_size, on its device
     batch_size: int = 250  # images attacked at once
     amp: Amp = "off"  # format of the attack's passes; what they break is judged again in float32
-    curve: tuple[Threat, ...] = ()  # also one APGD-CE at each of these radii, for norms that are evaluated
+    curve: CurveRadii = field(default_factory=dict)  # also one APGD-CE at each of these radii
     progress: bool = True  # a bar on stderr
 
 
@@ -66,17 +66,16 @@ def evaluate(
         context = EvaluationContext(network, examples, answers.ranking, plan, store, others)
         logs = {threat: context.empty_log(threat) for threat in threats}
         curve = curve_logs(options.curve, n)
-        store.begin(identity(context, logs, options), logs | curve, examples, threats if folder else ())
+        store.begin(identity(context, logs, curve, options.amp), logs | curve, examples, threats if folder else ())
         answers.warnings += make_verified_runs(context, logs, answers.right, store, mine)
-        if curve:
-            make_curve_runs(context, logs, curve, answers.right)
+        make_curve_runs(context, options.curve, logs, curve, answers.right)
     gather(mine, answers, logs | curve)
     evaluation = Evaluation(answers.right, logs, plan, warnings=answers.warnings)
     evaluation.clean_not_finite, evaluation.num_classes = answers.not_finite, answers.ranking.shape[1]
-    if options.curve:
-        evaluation.warnings += curve_warnings(threats, curve)
-        with_curve = [threat for threat in threats if threat.norm in {radius.norm for radius in options.curve}]
-        evaluation.curve = {threat: accuracy_curve(evaluation, threat, curve) for threat in with_curve}
+    evaluation.warnings += curve_warnings(options.curve, curve)
+    evaluation.curve = {
+        threat: accuracy_curve(evaluation, threat, others, curve) for threat, others in options.curve.items()
+    }
     evaluation.warnings += result_warnings(evaluation)
     return evaluation
 
@@ -89,7 +88,7 @@ def _low_precision(model: Model, device: torch.device, amp: Amp) -> Model:
 
 
 def identity(
-    context: EvaluationContext, logs: Mapping[Threat, AttackLog], options: EvaluationOptions
+    context: EvaluationContext, logs: Mapping[Threat, AttackLog], curve: Mapping[Threat, AttackLog], amp: Amp
 ) -> dict[str, Any]:
     """What must be the same to go on: network, images, settings by their flags' names, runs. Not the device or the batch size."""
     model, examples = context.network.model, context.examples
@@ -98,8 +97,8 @@ def identity(
         "images": [examples.levels, tensors_fingerprint(examples.images, examples.y)],
         "l_norms": [threat.norm for threat in logs],
         "l_eps": [threat.eps for threat in logs],
-        "amp": options.amp,
-        "curve": [f"{radius.norm} {radius.eps!r}" for radius in options.curve],
+        "amp": amp,
+        "curve": list(by_key(curve)),
         "runs": [f"{threat}: {run}" for threat, log in logs.items() for run in log.runs],
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from attacks.network import Examples
 from attacks.threat import Threat
-from utils.checkpoint import UNSUPPORTED, save_atomic, sync
+from utils.checkpoint import UNSUPPORTED, new_file, sync
+
+AROUND = 2**16  # bytes of a .pt file beside those of its tensors, at most
 
 
 class ImageFile:
@@ -41,18 +43,11 @@ class ImageFile:
 
     def create(self) -> None:
         """Write it with the clean images: whole or not at all. Raises OSError."""
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            with part.open("wb") as file:
-                allocate(file.fileno(), len(self.header) + self.row * self.shape[0])
-                file.write(self.header)
-                for index in torch.arange(self.shape[0]).split(1000):
-                    file.write(self.examples.x(index).numpy().astype("<f4", copy=False).tobytes())
-                file.flush()
-                sync(file.fileno())
-            part.replace(self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        with new_file(self.path) as file:
+            allocate(file.fileno(), len(self.header) + self.row * self.shape[0])
+            file.write(self.header)
+            for index in torch.arange(self.shape[0]).split(1000):
+                file.write(self.examples.x(index).numpy().astype("<f4", copy=False).tobytes())
 
     def write(self, index: Sequence[int], images: Tensor) -> None:
         """Put images (B, C, H, W) into these rows. Raises OSError."""
@@ -97,17 +92,21 @@ def allocate(file: int, size: int) -> None:
                 raise
 
 
-def save_as_pt(folder: Path, y: Tensor, broken: Mapping[Threat, Tensor]) -> None:
-    """Also save each threat model's images as adv_THREAT.pt, which torch.load reads with weights_only=True. Raises OSError.
+def save_as_pt(folder: Path, threat: Threat, labels: Tensor, broken: Tensor) -> None:
+    """Write the images of an evaluation that is over as adv_THREAT.pt too, which torch.load reads: whole or not at all. Raises OSError.
 
-    A dict: x_adv (N, C, H, W) float32 in [0, 1], the clean image where no attack succeeded; y (N,) labels; broken (N,) bool; norm, eps.
+    A dictionary of torchattacks' names: adv_inputs (N, C, H, W) float32, labels (N,) int64, save_type; and broken (N,) bool, norm and eps.
+    The images go from file to file, not through memory. labels and broken: (N,).
     """
-    for threat, flags in broken.items():
-        path = image_path(folder, threat)
-        x_adv = torch.from_numpy(np.load(path, mmap_mode="c"))  # read when it is written
-        save_atomic(
-            {"x_adv": x_adv, "y": y, "broken": flags, "norm": threat.norm, "eps": threat.eps}, path.with_suffix(".pt")
-        )
+    path = image_path(folder, threat)
+    images = torch.from_numpy(np.load(path, mmap_mode="c"))
+    content = {"adv_inputs": images, "labels": labels, "save_type": "float"}
+    content |= {"broken": broken, "norm": threat.norm, "eps": threat.eps}
+    with new_file(path.with_suffix(".pt")) as file:
+        # On a disk that fills while it writes, torch.save would fail in words of its own.
+        allocate(file.fileno(), images.nbytes + labels.nbytes + broken.nbytes + AROUND)
+        torch.save(content, file)
+        file.truncate()
 
 
 def image_path(folder: Path, threat: Threat) -> Path:

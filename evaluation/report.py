@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-from collections.abc import Container, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,14 @@ from attacks.network import Examples, Network
 from attacks.norms import NORMS
 from attacks.results import Evaluation, interval, remarks
 from evaluation.images import image_path
-from evaluation.statistics import radius_in_words, upper_bounds
+from evaluation.statistics import radius_text, upper_bounds
 from utils.pictures import as_text, picture_style
 from utils.text import printable
 
 COLOURS = {"clean": "#555555", "union": "#000000"}
 SHOWN, LOOKED_AT = 8, 250
-LONGEST_NAME = 40  # characters of a class
+TALLEST = 100  # inches of a picture: 180 classes in five rows each can be told apart
+LONGEST_NAME = 24  # characters of a class
 ShownExample = dict[str, tuple[NDArray[Any], str]]
 """An example's images (H, W, C) in [0, 1], `clean` and by norm those that broke it, each with what the network says of it."""
 
@@ -90,8 +91,8 @@ def write_report(
         bounds = upper_bounds(content)
         pictures = [_classes(content["outcomes"], bounds, labels, _short(class_names))]
         if "curve" in content:
-            radii = {norm: about["eps"] for norm, about in content["norms"].items()}
-            pictures.append(_curve(content["curve"], radii, bounds))
+            eps = {norm: about["eps"] for norm, about in content["norms"].items()}
+            pictures.append(_curve(content["curve"], eps, bounds))
         if examples:
             pictures.append(_grid(examples, list(content["norms"])))
     page = Environment(
@@ -101,59 +102,69 @@ def write_report(
         finalize=lambda value: printable(value, len(value)) if isinstance(value, str) else value,
     )
     command = "python " + shlex.join(content["environment"]["command"])
-    settings = content["settings"]
-    title = f"Robust accuracy on {settings['dataset']}: {short_name(settings['model_name'])}"
-    words = {"title": title, "command": command, "interval": interval, "remarks": remarks, "radius": radius_in_words}
-    text = page.get_template("report.html").render(content, pictures=pictures, **words)
+    text = page.get_template("report.html").render(
+        content,
+        title=page_title(content),
+        pictures=pictures,
+        command=command,
+        interval=interval,
+        radius_text=radius_text,
+        remarks=remarks,
+    )
     path.write_text(text, encoding="utf-8")
 
 
-def short_name(network: str) -> str:
-    """The last part of a path or an address, without its end; of a function or a library's network, the file and the name."""
-    return PurePosixPath(network.partition("#")[0]).name.removesuffix(".pth") or network
+def page_title(content: Mapping[str, Any]) -> str:
+    """Network and data set in a few words: its architecture or function, and the last part of --model_name, without folders and digest."""
+    settings, spec = content["settings"], content.get("network", {})
+    file = settings["model_name"].partition("#")[0].rpartition("/")[2]
+    made = spec.get("function") or ("" if spec.get("arch") == "robustbench" else spec.get("arch", ""))
+    made = made.rpartition("/")[2]
+    name = f"{made} ({printable(file, 60)})" if made not in ("", file) else printable(file, 60)
+    return f"{name} on {settings['dataset']}: robust accuracy"
 
 
 def _classes(
     outcomes: dict[str, list[int]], bounds: Container[str], labels: Sequence[int], class_names: Sequence[str]
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Accuracy of each class in bars; `bounds`: which are upper bounds."""
     y, places, width = np.array(labels), np.arange(len(class_names)), 0.8 / len(outcomes)
     counts = [int((y == k).sum()) for k in places]
-    figure = _figure(11, 3.6)
+    # As narrow as a phone, and longer for more classes.
+    figure = _figure(5, min(1.2 + len(class_names) * (0.15 + 0.08 * len(outcomes)), TALLEST))
     axes = figure.subplots()
     for i, (name, values) in enumerate(outcomes.items()):
-        heights = [100 * np.mean(np.array(values)[y == k]) if counts[k] else np.nan for k in places]
+        lengths = [100 * np.mean(np.array(values)[y == k]) if counts[k] else np.nan for k in places]
         label = f"{name} (upper bound)" if name in bounds else name
-        axes.bar(places + i * width, heights, width, label=label, color=_colour(name))
+        axes.barh(places + i * width, lengths, width, label=label, color=_colour(name))
     names = [f"{name}\n{n} images" for name, n in zip(class_names, counts, strict=True)]
-    axes.set_xticks(places + 0.4 - width / 2, names)
-    axes.set(ylabel="accuracy (%)", ylim=(0, 100))
-    axes.legend(ncols=len(outcomes), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-    return _picture(figure, "Accuracy of each class", "Bars of classes with few images mean little.")
+    axes.set_yticks(places + 0.4 - width / 2, names)
+    axes.set(xlabel="accuracy (%)", xlim=(0, 100), ylim=(len(places) - 0.1 - width / 2, -0.1 - width / 2))
+    figure.legend(ncols=2, loc="outside upper center", frameon=False)
+    return _picture("Accuracy of each class", "Bars of classes with few images mean little.", figure)
 
 
-def _curve(curve: dict[str, list[list[float]]], own: dict[str, float], bounds: Container[str]) -> dict[str, str]:
-    """Accuracy against radius; `own`: the evaluation's radius by norm; `bounds`: norms whose accuracy is an upper bound there too."""
-    figure = _figure(11, 3.6)
-    each = np.atleast_1d(figure.subplots(1, len(curve), sharey=True))
-    for axes, (norm, rows) in zip(each, curve.items(), strict=True):
+def _curve(curve: dict[str, list[list[float]]], eps: Mapping[str, float], bounds: Container[str]) -> dict[str, Any]:
+    """Accuracy against radius, a figure a norm; eps: the evaluation's; `bounds`: which norms' accuracy is an upper bound there too."""
+    figures = []
+    for norm, rows in curve.items():
+        figures.append(_figure(3, 2.8))  # three fit in a row of the page
+        axes = figures[-1].subplots()
         radii, accuracy = zip(*rows, strict=True)
         axes.plot(radii, accuracy, marker="o", color=_colour(norm))
-        axes.axvline(own[norm], color="#999999", linestyle=":", label="the evaluation's radius")
-        axes.set(
-            title=f"{norm} (upper bound)" if norm in bounds else norm, xlabel="radius (pixels in [0, 1])", ylim=(0, 100)
-        )
+        axes.axvline(eps[norm], color="#999999", linestyle=":", label="the evaluation's radius")
+        axes.set(title=f"{norm} (upper bound)" if norm in bounds else norm, ylim=(0, 100))
+        axes.set(xlabel="radius (pixels in [0, 1])", ylabel="robust accuracy (%)")
         axes.grid(alpha=0.3)
-    each[0].set_ylabel("robust accuracy (%)")
-    each[0].legend(frameon=False)
+        axes.legend(frameon=False)
     text = (
         "At the dotted radius all attacks of the evaluation; elsewhere one APGD-CE, an upper bound. "
         "What breaks at a radius is broken above it."
     )
-    return _picture(figure, "Security curves", text)
+    return _picture("Security curves", text, *figures)
 
 
-def _grid(examples: Sequence[ShownExample], norms: Sequence[str]) -> dict[str, str]:
+def _grid(examples: Sequence[ShownExample], norms: Sequence[str]) -> dict[str, Any]:
     """A row an example: clean, and for each norm the image that broke it and the difference, magnified."""
     columns = 1 + 2 * len(norms)
     figure = _figure(1.6 * columns, 1.95 * len(examples))
@@ -175,7 +186,7 @@ def _grid(examples: Sequence[ShownExample], norms: Sequence[str]) -> dict[str, s
         "and the difference around grey, magnified by the factor above it. "
         "Chosen: of each pattern of broken norms those with the surest wrong answers."
     )
-    return _picture(figure, "Examples", text)
+    return _picture("Examples", text, figure)
 
 
 def _colour(name: str) -> str | None:
@@ -194,7 +205,11 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _picture(figure: Any, title: str, text: str) -> dict[str, str]:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return {"title": title, "text": text, "png": base64.b64encode(buffer.getvalue()).decode()}
+def _picture(title: str, text: str, *figures: Any) -> dict[str, Any]:
+    """What the page shows under a heading."""
+    pngs = []
+    for figure in figures:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        pngs.append(base64.b64encode(buffer.getvalue()).decode())
+    return {"title": title, "text": text, "pngs": pngs}

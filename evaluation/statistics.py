@@ -44,17 +44,17 @@ def _norm_json(threat: Threat, log: AttackLog) -> dict[str, Any]:
     }
 
 
-def radius_in_words(norm: str, eps: float) -> str:
-    """A radius as papers write it: 8/255 for a norm of single pixels, else 0.5."""
-    levels = round(eps * 255, 6)
-    in_levels = norm in NORMS and NORMS[norm].per_pixel and levels == round(levels)
-    return f"{levels:.0f}/255" if in_levels else f"{eps:.6g}"
-
-
 def _numbers(chosen: Tensor) -> list[int]:
     """Which of (N,) bool are true."""
     found: list[int] = chosen.nonzero()[:, 0].tolist()
     return found
+
+
+def radius_text(norm: str, eps: float) -> str:
+    """A radius for pixels in [0, 1]: 8/255 in a norm that bounds each pixel alone, where that is exact, else 0.5."""
+    levels = round(eps * 255, 6)
+    in_levels = norm in NORMS and NORMS[norm].per_pixel and levels == round(levels)
+    return f"{levels:.0f}/255" if in_levels else f"{eps:g}"
 
 
 def upper_bounds(content: Mapping[str, Any]) -> set[str]:
@@ -91,14 +91,6 @@ def paired(
         if name in bounds:
             rows[name]["upper_bound"] = True
     return rows
-
-
-def compared(content: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """eval.json's part about the baseline: its network's name, and paired differences to it. Raises ValueError."""
-    settings = baseline.get("settings")
-    name = settings.get("model_name") if isinstance(settings, dict) else None
-    differences = paired(content["outcomes"], baseline["outcomes"], upper_bounds(content) | upper_bounds(baseline))
-    return {"baseline": str(name or "the baseline"), "difference_to_baseline": differences}
 
 
 def difference_table(rows: dict[str, dict[str, float]], other: str) -> str:

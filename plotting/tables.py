@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from evaluation.statistics import radius_in_words
+from evaluation.statistics import radius_text
 from plotting.comparison import Group, cell, latex, markdown
 from plotting.networks import Network
 
@@ -44,7 +44,7 @@ def accuracy_table(networks: Sequence[Network]) -> tuple[list[str], list[list[st
     """Heads and rows: a network each, with its number of seeds where one has several."""
     names, several = columns(networks), any(len(network.points) > 1 for network in networks)
     radii = networks[0].radii
-    heads = [f"{name} {radius_in_words(name, radii[name])}" if name in radii else name for name in names]
+    heads = [f"{name} {radius_text(name, radii[name])}" if name in radii else name for name in names]
     rows = [
         [network.label, *(figure(network, name) for name in names), *[str(len(network.points))] * several]
         for network in networks

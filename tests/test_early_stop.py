@@ -16,8 +16,8 @@ import eval as eval_script
 from attacks import AttackPlan, Evaluation, Threat, result_warnings, robust_accuracy
 from attacks.early_stop import CHECKS, EarlyStop, margin
 from attacks.network import Examples
-from config import EvalConfig, curve_of
 from data import load_dataset
+from evaluation.curve import curve_radii
 from evaluation.evaluate import EvaluationOptions, evaluate
 
 N = 120
@@ -226,8 +226,8 @@ def test_an_interrupted_one_goes_on_with_what_its_runs_reached(tmp_path: Path, m
 
 def test_the_security_curve_drops_runs_too(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
-    radii = curve_of(EvalConfig(curve=()), THREATS[:2])
-    examples, options = Examples((255 * x).round().to(torch.uint8), y, 255), EvaluationOptions(curve=radii)
+    examples = Examples((255 * x).round().to(torch.uint8), y, 255)
+    options = EvaluationOptions(curve=curve_radii(THREATS[:2], {"Linf": (), "L2": ()}))
     passes, curves = [], []
     for attacks in ("fast", "quick"):
         spent: list[int] = []

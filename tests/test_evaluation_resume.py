@@ -278,7 +278,9 @@ def refused(capsys: pytest.CaptureFixture[str], done: Path, *flags: str) -> str:
     return error
 
 
-@pytest.mark.parametrize("flag", ["--seed=1", "--l_eps=0.1 0.4 1", "--attacks=fast", "--curve", "--n_iter=9"])
+@pytest.mark.parametrize(
+    "flag", ["--seed=1", "--l_eps=0.1 0.4 1", "--attacks=fast", "--curve", "--curve=L2:0.2", "--n_iter=9"]
+)
 def test_another_settings_state_is_refused(flag: str, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert flag.partition("=")[0].removeprefix("--") in refused(capsys, done, flag)
 

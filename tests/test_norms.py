@@ -24,6 +24,7 @@ from attacks.results import AttackPlan, Evaluation
 from attacks.standard import robust_accuracy
 from attacks.threat import Threat
 from data import load_dataset
+from evaluation.curve import curve_radii
 from evaluation.evaluate import EvaluationOptions, evaluate
 from evaluation.report import worst_examples, write_report
 from evaluation.statistics import evaluation_json
@@ -88,8 +89,8 @@ def test_no_code_but_the_norms_own_asks_for_a_norm_by_name(folder: str) -> None:
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant) and node.value in ("Linf", "L2", "L1")
         ]
-        # Schemes have the norms of their papers as defaults.
-        assert path.name in ("norms.py", "multinorm.py") or not named, f"{path}: {named}"
+        # Schemes have the norms of their papers as defaults, RobustBench has boards of some norms.
+        assert path.name in ("norms.py", "multinorm.py", "robustbench.py") or not named, f"{path}: {named}"
 
 
 @pytest.mark.usefixtures("registered")
@@ -157,7 +158,7 @@ def test_it_is_evaluated_stored_and_reported(network: nn.Module, examples: Examp
     in_memory = robust_accuracy(network, examples.x(torch.arange(N)), examples.y, threats, PLAN)
     check(in_memory, threats)
     assert "  blocks  " in str(in_memory)
-    options = EvaluationOptions(curve=(Threat("blocks", 0.05), Threat("L1", 4.0)), progress=False)
+    options = EvaluationOptions(curve=curve_radii(threats, {"blocks": (), "L1": ()}), progress=False)
     result = evaluate(network, examples, threats, PLAN, options, tmp_path)
     check(result, threats)
     assert torch.equal(result.robust(threats[0]), in_memory.robust(threats[0]))

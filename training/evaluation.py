@@ -15,7 +15,7 @@ from attacks.results import AttackPlan, Evaluation, table
 from config import evaluation_threats
 from data import FolderSplit, Split
 from evaluation.evaluate import EvaluationOptions, evaluate
-from evaluation.report import worst_examples, write_report
+from evaluation.files import Evaluated, write_page
 from evaluation.statistics import evaluation_json
 from training.trainer import Trainer
 from utils.checkpoint import load_tensors
@@ -56,16 +56,15 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
             "attacks": "standard",
             "n_iter": plan.n_iter,
         }
-        about = {"seconds": round(time.time() - start, 1), "settings": settings}
+        about = {"seconds": round(time.time() - start, 1), "settings": settings, "network": trainer.about["spec"]}
         content = evaluation_json(result) | about | {"environment": environment(trainer.process.device)}
         write_json(trainer.folder / f"eval{suffix}.json", content)
         title = ", ".join(["best"] * bool(config.select) + [f"EMA, decay {config.ema}"] * bool(suffix))
         print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
-        names, labels = trainer.dataset.class_names, test.labels
-        examples = Examples(test.images, labels, test.levels)
+        examples, attacked = Examples(test.images, test.labels, test.levels), Network(model, trainer.process.device)
         with eval_mode(model):
-            shown = worst_examples(Network(model, trainer.process.device), examples, result, folder, names)
-        write_report(trainer.folder / f"report{suffix}.html", content, labels.tolist(), names, shown)
+            about_page = Evaluated(result, attacked, examples, trainer.dataset.class_names)
+            write_page(trainer.folder / f"report{suffix}.html", folder, content, about_page)
 
 
 def evaluated(

@@ -14,7 +14,7 @@ from utils.checkpoint import load_tensors, write_atomic
 from utils.resume import ResumePoint, run_id
 from utils.run_folder import json_lines, read_json
 from utils.safetensors_files import SUFFIX, safetensors_bytes
-from utils.text import printable
+from utils.text import markdown, printable
 
 CARD = "README.md"
 TOLD = ("spec", "dataset", "threats", "image_size", "epoch")  # what a checkpoint says of itself
@@ -76,7 +76,7 @@ def _card(config: TrainConfig, run: Path, path: Path, about: Mapping[str, Any]) 
     facts.append(("epochs", f"{about['epoch']} of {config.epochs}"))
     versions = ", ".join(f"{key} {value}" for key, value in env["packages"].items())
     facts += [("commit", env["commit"]), ("versions", f"Python {env['python']}, {versions}"), ("device", env["device"])]
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts)
+    rows = "\n".join(f"| {key} | {markdown(value)} |" for key, value in facts)
     command = f"python {shlex.join(map(str, env['command']))}"
     return f"""---
 # license: yours to choose, such as mit; without this line nobody may use the weights
@@ -84,7 +84,7 @@ library_name: pytorch
 pipeline_tag: image-classification
 tags: [pytorch, image-classification, adversarial-robustness, multi-norm-robustness]
 ---
-# {_cell(path.stem)}
+# {markdown(path.stem)}
 An image classifier, trained to be robust in several norms. Radii are for pixels in [0, 1].
 
 | | |
@@ -126,15 +126,9 @@ def _accuracy(run: Path, epoch: int) -> str:
 
 def _table(accuracy: Mapping[str, Mapping[str, Any]], title: str) -> str:
     rows = (
-        f"| {_cell(name)} | {row['accuracy']:.1f} | {row['low']:.1f} to {row['high']:.1f} |"
+        f"| {markdown(name)} | {row['accuracy']:.1f} | {row['low']:.1f} to {row['high']:.1f} |"
         for name, row in accuracy.items()
     )
     points = next(iter(accuracy.values()))["points"]
     head = f"{title}; the first {points} test images, accuracy in %.\n\n| attack | accuracy | 95 % interval |\n|---|---|---|\n"
     return head + "\n".join(rows)
-
-
-def _cell(value: Any) -> str:
-    """As text in a table of Markdown."""
-    shown = printable(value)
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in shown)

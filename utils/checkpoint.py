@@ -12,9 +12,10 @@ import re
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +32,16 @@ HARMLESS: list[Any] = [argparse.Namespace, *((stand_in, name) for name, stand_in
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def write_atomic(data: bytes | memoryview, path: Path) -> None:
-    """Write `path` by way of a file beside it: a reader finds the old file or the new one, never a part, after a power cut too.
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` at the end: a reader finds the old file or the new one, never a part, after a power cut too.
 
-    Raises OSError, such as on a full disk; then the old file is as it was and nothing is left behind.
+    Raises OSError, such as on a full disk; after any exception the old file is as it was and nothing is left behind.
     """
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             sync(file.fileno())
         part.replace(path)
@@ -51,6 +53,12 @@ def write_atomic(data: bytes | memoryview, path: Path) -> None:
             sync(folder)
         finally:
             os.close(folder)
+
+
+def write_atomic(data: bytes | memoryview, path: Path) -> None:
+    """Write `path` by way of `new_file`. Raises OSError."""
+    with new_file(path) as file:
+        file.write(data)
 
 
 def sync(descriptor: int) -> None:

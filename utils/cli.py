@@ -222,18 +222,6 @@ def inside(low: float, high: float, several: bool = False) -> Number:
     return Number(low, high, ends=False, several=several)
 
 
-def by_name(numbers: Number) -> Callable[[str], tuple[tuple[str, tuple[float, ...]], ...]]:
-    """argparse's type of numbers by name, 'A:1,2 B:3'; of numbers alone, '1 2', the name is empty."""
-
-    def parse(text: str) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        if ":" not in text:
-            return (("", numbers(text)),)
-        parts = [word.partition(":") for word in words(text)]
-        return tuple((name, numbers(values.replace(",", " "))) for name, _, values in parts)
-
-    return parse
-
-
 def name_or(names: Sequence[str], numbers: Number) -> Callable[[str], Any]:
     """argparse's type of a name among these, or of numbers."""
 

@@ -24,3 +24,8 @@ def printable(text: object, longest: int = 1000) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in shown)
+
+
+def markdown(text: object) -> str:
+    """`printable` text as it is in Markdown, also in the cell of a table."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in printable(text))
