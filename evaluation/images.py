@@ -100,8 +100,8 @@ def save_as_pt(folder: Path, threat: Threat, labels: Tensor, broken: Tensor) -> 
     """
     path = image_path(folder, threat)
     images = torch.from_numpy(np.load(path, mmap_mode="c"))
-    labels = labels.clone()  # a view would be saved with all that it is of
-    content = {"adv_inputs": images, "labels": labels, "save_type": "float"}
+    # A copy of the labels: a slice would be saved with all that it is a slice of.
+    content = {"adv_inputs": images, "labels": labels.clone(), "save_type": "float"}
     content |= {"broken": broken, "norm": threat.norm, "eps": threat.eps}
     with new_file(path.with_suffix(".pt")) as file:
         # On a disk that fills while it writes, torch.save would fail in words of its own.

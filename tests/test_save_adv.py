@@ -56,6 +56,7 @@ def test_the_dictionary() -> None:
         assert each["eps"] == content["norms"][norm]["eps"]
         assert name == f"adv_{norm}_{each['eps']:g}.pt"
         assert torch.equal(each["labels"], labels)
+        assert each["labels"].untyped_storage().nbytes() == 8 * N  # not those of all test images
         assert x_adv.dtype == torch.float32
         np.testing.assert_array_equal(x_adv.numpy(), np.load(folder / name.replace(".pt", ".npy")))
         assert broken.tolist() == [run is not None for run in content["norms"][norm]["broken_by_run"]]

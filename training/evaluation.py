@@ -63,8 +63,8 @@ def final_evaluation(trainer: Trainer, model: nn.Module, suffix: str) -> None:
         print(table(content["accuracy"], title), *(f"WARNING: {warning}" for warning in content["warnings"]), sep="\n")
         examples, attacked = Examples(test.images, test.labels, test.levels), Network(model, trainer.process.device)
         with eval_mode(model):
-            about_page = Evaluated(result, attacked, examples, trainer.dataset.class_names)
-            write_page(trainer.folder / f"report{suffix}.html", folder, content, about_page)
+            all_of_it = Evaluated(result, attacked, examples, trainer.dataset.class_names)
+            write_page(trainer.folder / f"report{suffix}.html", folder, content, all_of_it)
 
 
 def evaluated(
