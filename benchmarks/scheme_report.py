@@ -74,7 +74,7 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
         f"On {said['device']}. Commit {commits}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}.",
     ]
     for base in [row for row in rows if row.label == baseline]:
-        others = [row for row in rows if row is not base and row.compares_with(base)]
+        others = [row for row in rows if row is not base and row.pairs(base)]
         text += ["\nPaired differences in points, mean ± standard error over seeds and images:\n"] * bool(others)
         text += markdown(*difference_table(others, base, names)) if others else []
     shared = [flag for flag in lines[0]["train"] if all(flag in line["train"] for line in lines)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from utils.text import markdown as as_markdown
 
 Outcomes = np.ndarray[Any, Any]  # (N,) in [0, 1], an image each
 
@@ -22,9 +25,9 @@ class Result:
 
 
 class Group:
-    """The results of a network, by seed."""
+    """The results of a network, by seed; text stands for a seed that is not known."""
 
-    def __init__(self, label: str, results: Mapping[int, Result]) -> None:
+    def __init__(self, label: str, results: Mapping[int | str, Result]) -> None:
         self.label, self.results = label, results
 
     def accuracy(self, name: str) -> tuple[float, float]:
@@ -35,12 +38,21 @@ class Group:
         [result] = self.results.values()
         return values[0], 100 * math.sqrt(values[0] / 100 * (1 - values[0] / 100) / result.points)
 
+    @property
+    def unknown(self) -> bool:
+        """Is it a single network whose seed is not known?"""
+        return len(self.results) == 1 and isinstance(next(iter(self.results)), str)
+
+    def pairs(self, other: Group) -> list[tuple[Result, Result]]:
+        """Of the seeds that both have. A single network of no known seed is paired with all of the other's, as any two single ones are"""
+        ours, theirs = [*self.results.values()], [*other.results.values()]
+        if len(ours) == len(theirs) == 1 or self.unknown or other.unknown:
+            return [(one, two) for one in ours for two in theirs]
+        return [(result, other.results[seed]) for seed, result in self.results.items() if seed in other.results]
+
     def difference(self, other: Group, name: str) -> tuple[float, float]:
-        """To the other's accuracy, for the seeds that both have, and its `standard_error`. Two single networks are compared anyway."""
-        seeds = [(seed, seed) for seed in self.results if seed in other.results]
-        if len(self.results) == len(other.results) == 1:
-            seeds = list(zip(self.results, other.results, strict=True))
-        pairs = [(self.results[one], other.results[two]) for one, two in seeds]
+        """To the other's accuracy, over all `pairs`, and its `standard_error`."""
+        pairs = self.pairs(other)
         values = [ours.accuracy[name] - theirs.accuracy[name] for ours, theirs in pairs]
         known = [
             100.0 * (ours.outcomes[name] - 1.0 * theirs.outcomes[name])
@@ -48,10 +60,6 @@ class Group:
             if name in ours.outcomes and name in theirs.outcomes
         ]
         return float(np.mean(values)), standard_error(values, known if len(known) == len(values) else [])
-
-    def compares_with(self, other: Group) -> bool:
-        """Have both a seed in common, or but one network each?"""
-        return bool(self.results.keys() & other.results.keys()) or len(self.results) == len(other.results) == 1
 
 
 def standard_error(seeds: Sequence[float], images: Sequence[Any]) -> float:
@@ -72,11 +80,9 @@ def cell(value: tuple[float, float], sign: str = "") -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    return [
-        "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
-        for row in (heads, ["---"] * len(heads), *rows)
-    ]
+    """The lines of a table; the first cell of each is a name, which is not read as markup."""
+    lines = [[as_markdown(name), *cells] for name, *cells in (heads, *rows)]
+    return ["| " + " | ".join(row) + " |" for row in (lines[0], ["---"] * len(heads), *lines[1:])]
 
 
 SPECIAL = {
@@ -92,8 +98,14 @@ SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
 def latex(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table for LaTeX with the package booktabs."""
 
+    def escaped(text: str) -> str:
+        """As text: a negative number has a minus, -- is no dash, and no * or [ is read with the end of the line before."""
+        minus, rest = re.fullmatch(r"(-(?=\d))?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        words = "".join(SPECIAL.get(c, c) for c in rest).replace("--", "-{}-").replace("--", "-{}-")
+        return "$-$" * bool(minus) + "{}" * words.startswith(("*", "[")) + words
+
     def line(row: Sequence[str]) -> str:
-        return " & ".join("".join(SPECIAL.get(c, c) for c in text) for text in row) + r" \\"
+        return " & ".join(map(escaped, row)) + r" \\"
 
     columns = "l" + "r" * (len(heads) - 1)
     begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(heads), r"\midrule"]

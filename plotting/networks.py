@@ -15,6 +15,9 @@ from plotting.runs import Run, series
 from plotting.style import GREY, colours, handle, in_order, write_labels
 from utils.pictures import as_text
 
+# Settings that have to be the same for two figures to stand side by side, besides data set, radii, attacks and number of images.
+SAME = ("n_iter", "n_restarts", "n_targets", "effort", "union_only", "image_size", "class_order")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -22,13 +25,14 @@ class Point:
 
     label: str
     group: str  # the label that those have which differ in their seed alone
-    seed: int
+    seed: int | None
     rows: dict[str, dict[str, float]]
     outcomes: dict[str, Outcomes]
     radii: dict[str, float]
     setting: str
     attacks: str
     averaged: bool  # EMA
+    more: tuple[tuple[str, Any], ...]  # those of `SAME` that it has
 
     @property
     def partial(self) -> bool:
@@ -52,6 +56,7 @@ def points(runs: Sequence[Run]) -> Iterator[Point]:
                 setting = as_text(f"{settings.get('dataset')}: {threats}")
                 outcomes = outcomes_of(result.get("outcomes", {}), list(radii))
                 about: Any = (rows, outcomes, radii, setting, settings.get("attacks") or attacks, bool(more))
+                about += (tuple((key, settings[key]) for key in SAME if settings.get(key)),)
                 yield Point(run.label + more, run.group + more, run.seed, *about)
 
 
@@ -75,9 +80,10 @@ class Network(Group):
             first.radii,
         )
         self.partial = any(point.partial for point in points)
-        seeds = [point.seed for point in points]
+        self.bounded = any(row.get("upper_bound") for point in points for row in point.rows.values())
+        seeds: list[int | str] = [f"{i}" if point.seed is None else point.seed for i, point in enumerate(points)]
         if len(set(seeds)) < len(seeds):
-            seeds = [*range(len(seeds))]
+            seeds = [f"{i}" for i in range(len(points))]
         accuracies = [{name: row["accuracy"] for name, row in point.rows.items()} for point in points]
         numbers = [int(point.rows["clean"].get("points", 0)) for point in points]
         results = map(Result, accuracies, numbers, (point.outcomes for point in points))
@@ -96,9 +102,10 @@ class Network(Group):
         return in_order(set.intersection(*(set(point.rows) for point in self.points)))
 
     @property
-    def evaluation(self) -> tuple[str, str, int]:
-        """What has to be the same for two to stand in one table: data set and threats, attacks, number of images."""
-        return self.setting, self.attacks, max(result.points for result in self.results.values())
+    def evaluation(self) -> tuple[str, int, str]:
+        """What has to be the same for two to stand side by side: data set and threats, number of images, attacks and their settings."""
+        more = "".join(f", {key} {value}" for key, value in self.points[0].more)
+        return self.setting, max(result.points for result in self.results.values()), f"{self.attacks} attacks{more}"
 
 
 def each_alone(found: Sequence[Point]) -> list[Network]:
@@ -133,7 +140,7 @@ def draw_tradeoff(networks: Sequence[Network], labels: Sequence[str]) -> Figure:
         inside = "white" if network.partial else colour
         axes.plot(x, y, "D" if network.averaged else "o", color=colour, markerfacecolor=inside, markersize=6)
     axes.set(xlabel="clean accuracy (%)", ylabel="accuracy on the union of the threats (%)")
-    axes.set_title(title_of(settings))
+    axes.set_title(settings[0] if len(settings) == 1 else "settings differ: not comparable")
     figure.legend(handles=tradeoff_handles(networks), loc="outside lower center", ncols=4)
     figure.draw_without_rendering()  # from here on places in pixels are known
     places = [(network.interval("clean")[0], network.interval("union")[0]) for network in networks]
@@ -152,21 +159,17 @@ def draw_bars(networks: Sequence[Network], labels: Sequence[str]) -> Figure:
         values, lows, highs = zip(*map(network.interval, [n for n in names if n in network.names()]), strict=True)
         ends = np.array(values) - lows, np.array(highs) - values
         look: Any = {"hatch": "///", "edgecolor": "white"} if network.averaged else {}
-        axes.bar(
-            places, values, width, yerr=ends, color=colour, label=network.label, error_kw={"linewidth": 0.8}, **look
-        )
+        look |= {"label": network.label + " (upper bounds)" * network.bounded, "error_kw": {"linewidth": 0.8}}
+        axes.bar(places, values, width, yerr=ends, color=colour, **look)
     axes.set_xticks(np.arange(len(names)) + 0.5, names)
-    axes.set(ylabel="accuracy (%)", ylim=(0, 100), title=title_of(dict.fromkeys(n.setting for n in networks)))
+    axes.set(ylabel="accuracy (%)", ylim=(0, 100), title=networks[0].setting)
+    if len({network.evaluation for network in networks}) > 1:
+        axes.set_title("evaluations differ: not comparable")
     axes.grid(visible=False, axis="x")
     axes.set_axisbelow(True)
     handles, _ = axes.get_legend_handles_labels()
     figure.legend(handles=[*handles, *interval_handles(networks)], loc="outside lower center", ncols=3)
     return figure
-
-
-def title_of(settings: Sequence[str] | dict[str, None]) -> str:
-    """Of a picture of networks that were evaluated in these settings."""
-    return next(iter(settings)) if len(settings) == 1 else "settings differ: not comparable"
 
 
 def tradeoff_handles(networks: Sequence[Network]) -> list[Line2D]:

@@ -22,7 +22,7 @@ class Run:
     records: list[dict[str, Any]]  # an epoch each
     files: dict[str, dict[str, Any]]  # content of config.json and RESULTS, where there
     group: str  # the label that those have which differ in their seed alone
-    seed: int  # of training
+    seed: int | None  # of training, where the name says it
 
 
 SEED = re.compile(r"_?seed(\d+)")  # in the name of a run, and of its evaluations
@@ -50,7 +50,7 @@ def read_run(folder: Path, label: str, group: str | None = None) -> Run:
     if not records and "eval.json" not in files:
         raise ValueError(f"{folder} has neither eval.json nor a metrics.jsonl with a finished epoch")
     seed = SEED.search(folder.resolve().name)
-    return Run(as_text(label), records, files, as_text(group or label), int(seed[1][:9]) if seed else 0)
+    return Run(as_text(label), records, files, as_text(group or label), int(seed[1][:9]) if seed else None)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

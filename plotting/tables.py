@@ -20,22 +20,24 @@ KINDS: dict[
 def tables(networks: Sequence[Network], kind: str, baseline: str | None) -> str:
     """A table for all networks of the same evaluation, and one of paired differences to the baseline, a label."""
     lines, _, comment = KINDS[kind]
-    evaluations: dict[tuple[str, str, int], list[Network]] = {}
+    evaluations: dict[tuple[str, int, str], list[Network]] = {}
     for network in networks:
         evaluations.setdefault(network.evaluation, []).append(network)
     parts = []
-    for (setting, attacks, n), same in evaluations.items():
-        said = f"{setting}; the first {n} test images, {attacks} attacks. Accuracy in %, {spread(same)}."
+    for (setting, n, attacks), same in evaluations.items():
+        said = f"{setting}; the first {n} test images, {attacks}. Accuracy in %, {spread(same)}."
         parts += [f"{comment}{said}", "", *lines(*accuracy_table(same)), ""]
         base = next((network for network in same if network.label == baseline), None)
-        others = [network for network in same if base and network is not base and network.compares_with(base)]
+        others = [network for network in same if base and network is not base and network.pairs(base)]
         if base and others:
             said = f"Paired differences in points{over([*others, base])}."
             names = columns([*others, base])
-            parts += [f"{comment}{said}", "", *lines(*difference_table(others, base, names)), ""]
+            heads, rows = difference_table(others, base, names)
+            rows = [[*row, str(len(other.pairs(base)))] for row, other in zip(rows, others, strict=True)]
+            parts += [f"{comment}{said}", "", *lines([*heads, "pairs"], rows), ""]
     if len(evaluations) > 1:
         parts.insert(
-            0, f"{comment}Evaluations differ in data set, radii, attacks or number of images: a table for each.\n"
+            0, f"{comment}Evaluations differ in data set, radii, attacks, their settings or images: a table for each.\n"
         )
     return "\n".join(parts)
 

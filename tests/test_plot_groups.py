@@ -75,7 +75,7 @@ def test_seeds_are_a_row_and_differences_are_paired(
     assert written[-1] == Path("plots/table.md")
     text = written[-1].read_text()
     assert text in capsys.readouterr().out
-    assert f"cifar10: Linf 0.03137, L1 12; the first {N} test images, standard attacks" in text
+    assert f"cifar10: Linf 0.03137, L1 12; the first {N} test images, standard attacks." in text
     assert cells(text)["network"] == ["clean", "Linf 8/255", "L1 12", "union", "seeds"]
     for label, each in two.items():
         values = np.array([[100 * np.mean(seed[name]) for name in ("clean", "Linf", "L1", "union")] for seed in each])
@@ -85,7 +85,7 @@ def test_seeds_are_a_row_and_differences_are_paired(
         assert first.strip("| ").split(" | ")[1:] == [*found, "3"]
     union = 100.0 * np.array([np.subtract(b["union"], a["union"]) for a, b in zip(*two.values(), strict=True)])
     error = np.sqrt(union.mean(1).var(ddof=1) / 3 + union.mean(0).var(ddof=1) / N)
-    assert cells(text)["max"][-1] == f"{union.mean():+.1f} ± {error:.1f}"
+    assert cells(text)["max"][-2:] == [f"{union.mean():+.1f} ± {error:.1f}", "3"]
     assert "standard error over seeds and images" in text
 
 
@@ -111,7 +111,30 @@ def test_errors_that_are_not_known_are_not_said() -> None:
         (folder / "eval.json").write_text(json.dumps(content))
     text = plot.main(["a", "b", "--table=markdown", "--baseline=a"])[-1].read_text()
     assert "are not known)" in text
-    assert cells(text)["b"] == ["+0.0"] * 4
+    assert cells(text)["b"] == ["+0.0"] * 4 + ["1"]
+
+
+def test_a_single_start_is_compared_with_every_seed(two: dict[str, list[dict[str, list[int]]]]) -> None:
+    start = outcomes(9)
+    result("start", start)
+    names = [name for name in folders() if "_eat_" in name]
+    labels = "--labels=start eat eat eat"
+    text = plot.main(["start", *names, labels, "--table=markdown", "--baseline=start"])[-1].read_text()
+    values = 100.0 * np.array([np.subtract(seed["union"], start["union"]) for seed in two["eat"]])
+    error = np.sqrt(values.mean(1).var(ddof=1) / 3 + values.mean(0).var(ddof=1) / N)
+    assert cells(text)["eat"][-2:] == [f"{values.mean():+.1f} ± {error:.1f}", "3"]
+
+
+@pytest.mark.parametrize("name", ["n_iter", "class_order", "effort"])
+def test_other_settings_of_the_evaluation_are_other_tables(name: str) -> None:
+    for folder, value in (("a", 4), ("b", 100)):
+        result(folder, outcomes(0), **{name: value})
+    text = plot.main(["a", "b", "--table=markdown", "--baseline=a", "--bars"])[-1].read_text()
+    assert text.startswith("Evaluations differ")
+    assert f"attacks, {name} 4." in text
+    assert "minus" not in text
+    [axes] = draw_bars(by_group(list(points(read_runs([Path("a"), Path("b")])))), ["a", "b"]).axes
+    assert "not comparable" in axes.get_title()
 
 
 def test_single_networks_have_intervals_and_upper_bounds_a_sign() -> None:
@@ -127,6 +150,7 @@ def test_single_networks_have_intervals_and_upper_bounds_a_sign() -> None:
     error = difference.std(ddof=1) / N**0.5
     assert f"{difference.mean():+.1f} ± {error:.1f}" in text
     assert "| one\\|$ |" in text
+    assert r"two\_2" in text
 
 
 def test_evaluations_that_differ_have_tables_of_their_own() -> None:
@@ -150,6 +174,11 @@ def test_latex_is_escaped(two: object) -> None:
     body = tables[0][1].split("\n")
     assert [line.replace(r"\&", "").count("&") for line in body if line.endswith(r"\\")] == [5] * 3
     assert all(line.startswith("%") for line in text.splitlines() if "attacks" in line)
+    assert latex(["*a", "-1.5", "a--b---c"], [["[1]", "-b", "1"]])[2::2] == [
+        r"{}*a & $-$1.5 & a-{}-b-{}-{}-c \\",
+        r"{}[1] & -b & 1 \\",
+        r"\end{tabular}",
+    ]
     assert latex(["~^\\{}"], [])[2] == r"\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} \\"
 
 
