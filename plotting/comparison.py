@@ -44,7 +44,7 @@ class Group:
         return len(self.results) == 1 and isinstance(next(iter(self.results)), str)
 
     def pairs(self, other: Group) -> list[tuple[Result, Result]]:
-        """Of the seeds that both have. A single network of no known seed is paired with all of the other's, as any two single ones are"""
+        """Of the seeds that both have. A single network of no known seed is paired with all of the other's, as two single ones are."""
         ours, theirs = [*self.results.values()], [*other.results.values()]
         if len(ours) == len(theirs) == 1 or self.unknown or other.unknown:
             return [(one, two) for one in ours for two in theirs]
