@@ -238,9 +238,7 @@ class DatasetSpec:
     summary: str  # its line in --help
     load: Callable[..., Dataset]  # load(name, data_dir, image_size, prepare), the last two for files; ValueError
     radii: dict[str, float]  # eps of each norm, for pixels in [0, 1]
-    shape: tuple[int, int, int] | None = (
-        None  # (C, H, W) of an image; None: of files, which are read when needed, made RGB and of any size
-    )
+    shape: tuple[int, int, int] | None = None  # (C, H, W) of an image; None: files, read when needed, RGB, of any size
     width: int | None = None  # channels of the first stage of a network from scratch (None: the network's own default)
 
 

@@ -77,7 +77,7 @@ def build_model(arch: str, **kwargs: Any) -> nn.Module:
     given = {name: value for name, value in kwargs.items() if value is not None}
     if split_library(arch):
         given = {"num_classes": 10, **given}
-        spec = library_spec(arch, **given)
+        spec = new_spec(arch, **given)
         return normalized(build_library(arch, **given), spec["mean"], spec["std"])
     return build_own_function(own[0], **given) if own and not own[1] else build_known(arch, **given)
 
@@ -111,6 +111,11 @@ def check_arch(arch: str) -> None:
 
 def new_spec(arch: str, **kwargs: Any) -> Spec:
     """What the checkpoints of a network made by `build_model(arch, **kwargs)` keep. Arguments that are None are left out."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    if split_library(arch):  # which says the normalisation, unless that is given
+        sizes = {name: value for name, value in given.items() if name not in ("mean", "std")}
+        if odd := sizes.keys() - {"num_classes", "in_channels", "image_size"}:
+            raise ValueError(f"{arch} takes no {' or '.join(sorted(odd))}")
+        return library_spec(arch, **sizes) | given
     own = split_own_function(arch)
-    source = {"arch": "function", "function": own[0]} if own else {"arch": arch}
-    return source | {name: value for name, value in kwargs.items() if value is not None}
+    return ({"arch": "function", "function": own[0]} if own else {"arch": arch}) | given

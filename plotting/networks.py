@@ -16,7 +16,9 @@ from plotting.style import GREY, colours, handle, in_order, write_labels
 from utils.pictures import as_text
 
 # Settings that have to be the same for two figures to stand side by side, besides data set, radii, attacks and number of images.
-SAME = ("n_iter", "n_restarts", "n_targets", "effort", "union_only", "image_size", "class_order")
+# With what each is if nothing is said of it.
+SAME: dict[str, Any] = {"n_iter": 100, "n_restarts": None, "n_targets": None, "effort": None, "union_only": False}
+SAME |= {"image_size": None, "class_order": "name"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Point:
     setting: str
     attacks: str
     averaged: bool  # EMA
-    more: tuple[tuple[str, Any], ...]  # those of `SAME` that it has
+    more: tuple[tuple[str, Any], ...]  # those of `SAME` in which it is not as usual
 
     @property
     def partial(self) -> bool:
@@ -56,7 +58,7 @@ def points(runs: Sequence[Run]) -> Iterator[Point]:
                 setting = as_text(f"{settings.get('dataset')}: {threats}")
                 outcomes = outcomes_of(result.get("outcomes", {}), list(radii))
                 about: Any = (rows, outcomes, radii, setting, settings.get("attacks") or attacks, bool(more))
-                about += (tuple((key, settings[key]) for key in SAME if settings.get(key)),)
+                about += (tuple((key, settings[key]) for key in SAME if settings.get(key, SAME[key]) != SAME[key]),)
                 yield Point(run.label + more, run.group + more, run.seed, *about)
 
 

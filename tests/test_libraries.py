@@ -16,7 +16,7 @@ import eval as eval_script
 import models.libraries
 import train
 from data import DATASETS, Dataset, DatasetSpec, Split
-from models import build_model
+from models import build_model, new_spec
 from models.from_file import NetworkFlags
 from models.libraries import LIBRARIES
 from models.pretrained import load_model
@@ -199,6 +199,12 @@ def test_a_checkpoint_of_ours_is_named_with_its_network_or_without(published: li
         load_model(f"timm:resnet34@{path}", "", "colours")
 
 
+def test_new_spec_has_the_normalization_of_the_library_unless_another_is_given() -> None:
+    spec = new_spec("timm:vit_tiny_patch16_224", num_classes=3, image_size=32, act=None)
+    assert (spec["mean"], spec["std"], spec["image_size"]) == ([0.5] * 3, [0.5] * 3, 32)
+    assert new_spec("timm:vit_tiny_patch16_224", num_classes=3, mean=[0.0], std=[1.0])["mean"] == [0.0]
+
+
 def test_build_model() -> None:
     torch.manual_seed(0)
     model = build_model("timm:resnet18", in_channels=1).eval()
@@ -207,6 +213,8 @@ def test_build_model() -> None:
     x = X[:, :1]
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain((x - 0.449) / 0.226))
+    with pytest.raises(ValueError, match="takes no act or width"):
+        build_model("timm:resnet18", act="relu", width=8)
     with pytest.raises(ValueError, match="takes RGB images"):
         build_model("torchvision:resnet18", in_channels=1)
 

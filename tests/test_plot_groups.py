@@ -132,6 +132,7 @@ def test_other_settings_of_the_evaluation_are_other_tables(name: str) -> None:
     text = plot.main(["a", "b", "--table=markdown", "--baseline=a", "--bars"])[-1].read_text()
     assert text.startswith("Evaluations differ")
     assert f"attacks, {name} 4." in text
+    assert "n_iter 100" not in text
     assert "minus" not in text
     [axes] = draw_bars(by_group(list(points(read_runs([Path("a"), Path("b")])))), ["a", "b"]).axes
     assert "not comparable" in axes.get_title()

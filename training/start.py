@@ -106,10 +106,9 @@ def load(config: TrainConfig, state: dict[str, Any] | None) -> tuple[Dataset, nn
 def spec_from_scratch(config: TrainConfig, dataset: Dataset) -> Spec:
     """Of the network of --arch, for the data set. Raises ValueError."""
     arch, classes, normalization = config.arch or "", dataset.num_classes, normalization_of(config.network_flags())
-    if split_library(arch):
-        return library_spec(arch, classes, *dataset.shape[:2]) | normalization
-    sizes = {"num_classes": classes, "in_channels": dataset.shape[0], "act": config.act, "width": config.width}
-    return new_spec(arch, **sizes, **normalization)
+    size = dataset.shape[1] if split_library(arch) else None  # which others do not need
+    sizes = {"num_classes": classes, "in_channels": dataset.shape[0], "image_size": size}
+    return new_spec(arch, **sizes, act=config.act, width=config.width, **normalization)
 
 
 def fitted_head(config: TrainConfig, model: nn.Module, spec: Spec, dataset: Dataset) -> Spec:
