@@ -33,23 +33,16 @@ class Row(Group):
     """A scheme's results, by seed."""
 
     def __init__(self, scheme: str, lines: Sequence[Line]) -> None:
-        self.lines = lines
-        super().__init__(scheme, {line["seed"]: result(line) for line in lines})
-
-    def mean(self, *keys: str) -> float:
-        """Of what the lines have there."""
-        values = [line[keys[0]] if len(keys) == 1 else line[keys[0]][keys[1]] for line in self.lines]
-        return float(np.mean(values))
+        self.lines, results = lines, {}
+        for line in lines:
+            outcomes = {name: unpacked(line, name) for name in line.get("outcomes", ())}
+            results[line["seed"]] = Result(line["accuracy"], line["points"], outcomes)
+        super().__init__(scheme, results)
 
     @property
     def cost(self) -> float:
         """Thousands of passes of a batch in training, forward and backward."""
-        return (self.mean("passes", "forward") + self.mean("passes", "backward")) * self.mean("updates") / 1000
-
-
-def result(line: Line) -> Result:
-    """Of a line of results.jsonl."""
-    return Result(line["accuracy"], line["points"], {name: unpacked(line, name) for name in line.get("outcomes", ())})
+        return float(np.mean([sum(line["passes"].values()) * line["updates"] for line in self.lines])) / 1000
 
 
 def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]) -> str:
@@ -62,13 +55,13 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
     heads = ["scheme", *names, "passes per image", "epochs", "passes in all (1000 batches)", "seeds"]
     results = []
     for row in rows:
-        passes = f"{row.mean('passes', 'forward'):.1f} + {row.mean('passes', 'backward'):.1f}"
-        costs = [passes, f"{row.mean('epochs'):g}", f"{row.cost:.2f}", str(len(row.lines))]
+        ways = [np.mean([line["passes"][way] for line in row.lines]) for way in ("forward", "backward")]
+        costs = ["{:.1f} + {:.1f}".format(*ways), f"{row.lines[0]['epochs']}", f"{row.cost:.2f}", str(len(row.lines))]
         results.append([row.label, *(cell(row.accuracy(name)) for name in names), *costs])
     text = [
         f"# {title}",
-        f"{said['setting']}. Accuracy in % of the first {said['points']} test images, mean ± standard deviation over the seeds",
-        "(of one seed: the standard error over the images).\n",
+        f"{said['setting']}. Accuracy in % of the first {said['points']} test images, mean ± standard deviation over the seeds "
+        "(of one seed: standard error over the images).\n",
         *markdown(heads, results),
         "\nPasses of the network per training image, forward + backward, of attack and weight update together. "
         f"On {said['device']}. Commit {commits}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}.",
@@ -93,22 +86,20 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Union accuracy against what training cost, and against clean accuracy."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    unions = [row.accuracy("union") for row in rows]
     places = {left: [(row.cost, 0.0) for row in rows], right: [row.accuracy("clean") for row in rows]}
     shades = [COLOURS[number % len(COLOURS)] for number in range(len(rows))]  # names tell those of one colour apart
     for axes, across in places.items():
-        for row, (x, aside), shade in zip(rows, across, shades, strict=True):
-            y, up = row.accuracy("union")
+        for (x, aside), (y, up), shade in zip(across, unions, shades, strict=True):
             axes.errorbar(x, y, up, aside, fmt="o", color=shade, markersize=6, elinewidth=0.8)
     left.set(xlabel="network passes in training, forward and backward (1000 batches)", xlim=(0, None))
     left.set(ylabel="accuracy on the union of the threats (%)")
     right.set(xlabel="clean accuracy (%)")
-    settings = dict.fromkeys(line["setting"] for row in rows for line in row.lines)
-    figure.suptitle(
-        f"{'; '.join(settings)}; mean and standard deviation over seeds (of one: standard error)", fontsize=9
-    )
+    settings = "; ".join(dict.fromkeys(line["setting"] for row in rows for line in row.lines))
+    figure.suptitle(f"{settings}; mean and standard deviation over seeds (of one: standard error)", fontsize=9)
     figure.draw_without_rendering()  # from here on places in pixels are known
     for axes, across in places.items():
-        spots = [(x, row.accuracy("union")[0]) for (x, _), row in zip(across, rows, strict=True)]
+        spots = [(x, y) for (x, _), (y, _) in zip(across, unions, strict=True)]
         write_labels(axes, spots, [row.label for row in rows], shades)
     return figure
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import compare_schemes, scheme_report
-from benchmarks.scheme_report import Row, packed, result, unpacked
+from benchmarks.scheme_report import Row, packed, unpacked
 from plotting.comparison import standard_error
 
 OWN = ["own", "eat=", "mine=--at_iter=20", "--seeds=0 1", "--train=--dataset=digits --attack=apgd --epochs=4"]
@@ -136,17 +136,24 @@ def test_a_signal_ends_it(calls: list[str]) -> None:
 
 
 def test_a_start_is_fine_tuned_by_all_and_averaged_weights_are_evaluated(calls: list[str]) -> None:
-    compare_schemes.main([*OWN, "--seeds=0", "--start=--dataset=digits --epochs=2 --ema=0.9"])
+    flags = [*OWN, "--seeds=0", "--start=--dataset=digits --epochs=2 --ema=0.9"]
+    compare_schemes.main(flags)
     start = "results/own/start/run_start_0/ep_2_ema.pth"
     assert "--save_dir=results/own/start --resume" in calls[0]
     assert sum(f"--finetune_model --model_name={start}" in line for line in calls) == 2
+    calls.clear()
+    shutil.rmtree("results/own/start")
+    compare_schemes.main(flags)  # lines tell the start by its flags: they are found again where its weights are not
+    assert calls == []
+    compare_schemes.main([*flags, "--start=--dataset=digits --epochs=2"])  # another start
+    assert len(calls) == 5
 
 
 def test_outcomes_survive_packing() -> None:
     values = [1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1]
     found = unpacked({"points": 11, "outcomes": {"union": packed(values)}}, "union")
     assert found.tolist() == values
-    assert result({"points": 11, "accuracy": {}}).outcomes == {}
+    assert Row("eat", [{"seed": 3, "points": 11, "accuracy": {}}]).results[3].outcomes == {}
 
 
 def test_the_standard_error_adds_what_seeds_and_images_tell() -> None:
