@@ -49,9 +49,8 @@ class EarlyStop:
         """Is the run worth it on an example of which an AttackLog tells reach (R)? One with a scout is if that came near."""
         run = runs[number]
         scouts = [i for i, each in enumerate(runs) if each.scout and each.kind == run.kind]
-        own = [
-            i for i in scouts if run.kind == "CE" or runs[i].number == run.number
-        ]  # APGD-CE has one for all restarts
+        # APGD-CE has one for all restarts.
+        own = [i for i in scouts if run.kind == "CE" or runs[i].number == run.number]
         return run.scout or not own or reach[own[0]] > -self.near
 
 

@@ -20,9 +20,8 @@ from .losses import cross_entropy
 from .msd import msd
 from .threat import Threat
 
-Attack = Callable[
-    ..., Any
-]  # (model, x (B, ...), y (B,), more tensors ...) -> a tensor, a tuple or a dataclass of tensors
+# (model, x (B, ...), y (B,), more tensors ...) -> a tensor, a tuple or a dataclass of tensors
+Attack = Callable[..., Any]
 
 
 @dataclass(frozen=True)

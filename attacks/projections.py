@@ -57,9 +57,8 @@ def shrink2_by_sort(unit: Tensor, room: Tensor, radius2: Tensor) -> Tensor:
     free = unit2.gather(1, order.flip(1)).cumsum(1).flip(1)
     none_at_box = radius2 / free[:, :1]
     roots = torch.cat([none_at_box, (radius2 - at_box) / free[:, 1:]], 1)
-    return roots.nan_to_num_(0).amax(
-        1, keepdim=True
-    )  # 0 / 0 where all that may move is at the box: another set's root counts
+    # 0 / 0 where all that may move is at the box: another set's root counts.
+    return roots.nan_to_num_(0).amax(1, keepdim=True)
 
 
 def shrink2_by_newton(unit: Tensor, room: Tensor, radius2: Tensor, n_steps: int = 8) -> Tensor:

@@ -22,10 +22,8 @@ from utils.run_folder import new_folder
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, EXAMPLES = 20, 100
-ONE_THREAD = [
-    "--device=cpu",
-    "--threads=1",
-]  # more threads wait for each other on a busy machine, and gain little on digits
+# More threads wait for each other on a busy machine, and gain little on digits.
+ONE_THREAD = ["--device=cpu", "--threads=1"]
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from plot import save
 from plotting.comparison import Group, Outcomes, Result, cell, markdown
+from plotting.networks import outcomes_of
 from plotting.style import COLOURS, in_order, write_labels
-from plotting.tables import difference_table
+from plotting.tables import difference_table, over
 from utils.pictures import picture_style
 
 Line = dict[str, Any]  # of results.jsonl: a scheme with a seed
@@ -24,19 +25,19 @@ def packed(outcomes: Sequence[int]) -> str:
     return np.packbits(np.array(outcomes, dtype=np.uint8)).tobytes().hex()
 
 
-def unpacked(line: Line, name: str) -> Outcomes:
-    """The line's outcomes (N,) in one norm, the union or clean."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(line["outcomes"][name]), np.uint8))[: line["points"]]
+def outcomes(line: Line) -> dict[str, Outcomes]:
+    """The line's outcomes (N,), clean, in each norm, their average and the union, where it has them."""
+    packed = {name: np.frombuffer(bytes.fromhex(text), np.uint8) for name, text in line.get("outcomes", {}).items()}
+    found = {name: np.unpackbits(values)[: line["points"]] for name, values in packed.items()}
+    return outcomes_of(found, [name for name in found if name not in ("clean", "union")])
 
 
 class Row(Group):
     """A scheme's results, by seed."""
 
     def __init__(self, scheme: str, lines: Sequence[Line]) -> None:
-        self.lines, results = lines, {}
-        for line in lines:
-            outcomes = {name: unpacked(line, name) for name in line.get("outcomes", ())}
-            results[line["seed"]] = Result(line["accuracy"], line["points"], outcomes)
+        self.lines = lines
+        results = {line["seed"]: Result(line["accuracy"], line["points"], outcomes(line)) for line in lines}
         super().__init__(scheme, results)
 
     @property
@@ -51,7 +52,6 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
     names = in_order(set.intersection(*(set(line["accuracy"]) for line in lines)))
     said = {key: ", ".join(dict.fromkeys(str(line[key]) for line in lines)) for key in ("setting", "points", "device")}
     commits = ", ".join(dict.fromkeys(line[name][:12] for line in lines for name in ("commit", "eval_commit")))
-    dates = sorted({line["date"][:10] for line in lines})
     heads = ["scheme", *names, "passes per image", "epochs", "passes in all (1000 batches)", "seeds"]
     results = []
     for row in rows:
@@ -64,14 +64,15 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
         "(of one seed: standard error over the images).\n",
         *markdown(heads, results),
         "\nPasses of the network per training image, forward + backward, of attack and weight update together. "
-        f"On {said['device']}. Commit {commits}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}.",
+        f"On {said['device']}. Commit {commits}; {', '.join(sorted({line['date'][:10] for line in lines}))}.",
     ]
     for base in [row for row in rows if row.label == baseline]:
         others = [row for row in rows if row is not base and row.pairs(base)]
-        text += ["\nPaired differences in points, mean ± standard error over seeds and images:\n"] * bool(others)
+        text += [f"\nPaired differences in points{over([*others, base])}.\n"] * bool(others)
         text += markdown(*difference_table(others, base, names)) if others else []
     shared = [flag for flag in lines[0]["train"] if all(flag in line["train"] for line in lines)]
-    text.append(f"\n`eval.py {shlex.join(lines[0]['eval'])}`; `train.py {shlex.join(shared)} --seed=SEED` and\n")
+    begun = f"; all fine-tune `train.py {shlex.join(lines[0]['start'])}`" * bool(lines[0]["start"])
+    text.append(f"\n`eval.py {shlex.join(lines[0]['eval'])}`{begun}; `train.py {shlex.join(shared)} --seed=SEED` and\n")
     for row in rows:
         line = row.lines[0]
         own = shlex.join(flag for flag in line["train"] if flag not in shared)
@@ -92,8 +93,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     for axes, across in places.items():
         for (x, aside), (y, up), shade in zip(across, unions, shades, strict=True):
             axes.errorbar(x, y, up, aside, fmt="o", color=shade, markersize=6, elinewidth=0.8)
-    left.set(xlabel="network passes in training, forward and backward (1000 batches)", xlim=(0, None))
-    left.set(ylabel="accuracy on the union of the threats (%)")
+    left.set(xlabel="passes in training (1000 batches)", ylabel="accuracy on the union (%)", xlim=(0, None))
     right.set(xlabel="clean accuracy (%)")
     settings = "; ".join(dict.fromkeys(line["setting"] for row in rows for line in row.lines))
     figure.suptitle(f"{settings}; mean and standard deviation over seeds (of one: standard error)", fontsize=9)

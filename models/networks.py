@@ -28,9 +28,8 @@ class NetworkSpec:
 
     name: str  # as --arch takes it; words in capitals stand for numbers from 1 to 999: wide-resnet-DEPTH-WIDTH
     summary: str  # its line in --help
-    build: Callable[
-        ..., nn.Module
-    ]  # build(*numbers, num_classes=, in_channels=, act=[, width=]); ValueError for bad numbers
+    # build(*numbers, num_classes=, in_channels=, act=[, width=]) raises ValueError for bad numbers.
+    build: Callable[..., nn.Module]
     recognise: Callable[[StateDict], Spec | None]  # the spec, without act, that names and shapes tell; None: another's
     small: Spec  # the arguments of build_model for one that the tests can train in seconds
     title: str = ""  # what papers call it (the name)

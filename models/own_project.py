@@ -66,9 +66,8 @@ class OwnProject(MetaPathFinder, Loader):
         spec = importlib.util.spec_from_file_location(self.name, self.file.absolute())
         assert spec is not None
         assert spec.loader is not None
-        module = sys.modules[self.name] = importlib.util.module_from_spec(
-            spec
-        )  # dataclasses and pickle look it up there
+        # dataclasses and pickle look a class' module up in sys.modules.
+        module = sys.modules[self.name] = importlib.util.module_from_spec(spec)
         try:
             with self:
                 spec.loader.exec_module(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def points(runs: Sequence[Run]) -> Iterator[Point]:
                 yield Point(run.label + more, run.group + more, run.seed, *about)
 
 
-def outcomes_of(found: dict[str, list[int]], norms: Sequence[str]) -> dict[str, Outcomes]:
+def outcomes_of(found: Mapping[str, Any], norms: Sequence[str]) -> dict[str, Outcomes]:
     """eval.json's, and with those of all norms their average, which it does not hold."""
     outcomes = {row: np.array(values) for row, values in found.items()}
     if norms and all(norm in outcomes for norm in norms):

@@ -66,7 +66,7 @@ def write_beside(axes: Axes, place: tuple[float, float], text: str, colour: Any,
         side, up = spot
         label.set(position=(7 * side, 9 * up + 3), horizontalalignment="left" if side > 0 else "right")
         box = label.get_window_extent()
-        return box.count_overlaps(taken) + 100 * (box.x0 < axes.bbox.x0 or box.x1 > axes.figure.bbox.x1)
+        return box.count_overlaps(taken) + 100 * (box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1)
 
     covered(min([(side, up) for up in (0, -1, 1, -2, 2, -3, 3, -4, 4) for side in (1, -1)], key=covered))
     return label.get_window_extent()

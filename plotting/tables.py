@@ -9,9 +9,8 @@ from plotting.comparison import Group, cell, latex, markdown
 from plotting.networks import Network
 
 Lines = Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]
-KINDS: dict[
-    str, tuple[Lines, str, str]
-] = {  # how a table is written, its file's suffix, what a line of text begins with
+# How a table is written, its file's suffix, what a line of text begins with.
+KINDS: dict[str, tuple[Lines, str, str]] = {
     "markdown": (markdown, "md", ""),
     "latex": (latex, "tex", "% "),
 }
@@ -82,9 +81,9 @@ def spread(networks: Sequence[Network]) -> str:
     return " or ".join(texts[several] for several in sorted(kinds)) + bound
 
 
-def over(networks: Sequence[Network]) -> str:
+def over(groups: Sequence[Group]) -> str:
     """What is known of the errors of differences, in words."""
-    several = any(len(network.points) > 1 for network in networks)
-    known = all(point.outcomes for network in networks for point in network.points)
+    several = any(len(group.results) > 1 for group in groups)
+    known = all(result.outcomes for group in groups for result in group.results.values())
     kinds = " and ".join(["seeds"] * several + ["images"] * known)
     return f", ± standard error over {kinds}" if kinds else " (the outcomes of images, and so errors, are not known)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import compare_schemes, scheme_report
-from benchmarks.scheme_report import Row, packed, unpacked
+from benchmarks.scheme_report import Row, outcomes, packed
 from plotting.comparison import standard_error
 
 OWN = ["own", "eat=", "mine=--at_iter=20", "--seeds=0 1", "--train=--dataset=digits --attack=apgd --epochs=4"]
@@ -147,12 +148,16 @@ def test_a_start_is_fine_tuned_by_all_and_averaged_weights_are_evaluated(calls: 
     assert calls == []
     compare_schemes.main([*flags, "--start=--dataset=digits --epochs=2"])  # another start
     assert len(calls) == 5
+    assert "all fine-tune `train.py --dataset=digits --epochs=2`;" in Path("results/own/table.md").read_text()
 
 
 def test_outcomes_survive_packing() -> None:
     values = [1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1]
-    found = unpacked({"points": 11, "outcomes": {"union": packed(values)}}, "union")
-    assert found.tolist() == values
+    found = outcomes(
+        {"points": 11, "outcomes": {"union": packed(values), "L1": packed(values), "L2": packed([1] * 11)}}
+    )
+    assert found["union"].tolist() == values
+    assert found["average"].tolist() == [(value + 1) / 2 for value in values]
     assert Row("eat", [{"seed": 3, "points": 11, "accuracy": {}}]).results[3].outcomes == {}
 
 
@@ -197,7 +202,7 @@ def test_the_scripts_as_they_are() -> None:
     assert (line["epochs"], line["updates"], line["points"]) == (1, 1, 8)
     assert line["passes"] == {"forward": 10, "backward": 7}  # three attacks of two steps, the update
     assert line["setting"] == "digits: Linf 0.1, L2 0.4, L1 2"
-    union = unpacked(line, "union")
+    union = outcomes(line)["union"]
     assert 100 * union.mean() == line["accuracy"]["union"]
     assert {path.name for path in folder.iterdir()} >= {"table.md", "compare.png", "compare.pdf", "runs", "results"}
     compare_schemes.main([*flags, "--eval=--n_ex=8 --attacks=quick --n_iter=4"])  # another evaluation of the same run
@@ -207,16 +212,26 @@ def test_the_scripts_as_they_are() -> None:
     assert {key: again[key] for key in ("accuracy", "outcomes")} == {key: line[key] for key in ("accuracy", "outcomes")}
 
 
-@pytest.mark.parametrize("study", ["digits", "digits-equal-cost", "digits-optimization"])
-def test_committed_results_regenerate_the_tables(study: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path(f"results/{study}").mkdir(parents=True)
-    shutil.copy(Path(__file__).parents[1] / "docs/schemes/digits.jsonl", f"results/{study}/results.jsonl")
-    folder = compare_schemes.main([study, "--report_only"])
-    assert "Not finished" not in (folder / "table.md").read_text()
-    docs = (Path(__file__).parents[1] / "docs/schemes.md").read_text()
-    for name in compare_schemes.STUDIES[study].schemes:
-        [row, *_] = cells(folder, name)
-        assert f"{row[1]} | {row[2]} | {row[3]} | {row[4]} |" in docs, row
+COMMITTED = {  # flags of docs/schemes.md's commands, and the lines that their tables are made of
+    "digits": "digits",
+    "digits-equal-cost": "digits",
+    "digits-optimization": "digits",
+    "cifar10-finetune --train=--epochs=1": "cifar10-finetune",
+}
+
+
+@pytest.mark.parametrize("command", COMMITTED)
+def test_committed_results_regenerate_the_tables(command: str) -> None:
+    docs, flags = Path(__file__).parents[1] / "docs", shlex.split(command)
+    Path(f"results/{flags[0]}").mkdir(parents=True)
+    shutil.copy(docs / f"schemes/{COMMITTED[command]}.jsonl", f"results/{flags[0]}/results.jsonl")
+    text = (compare_schemes.main([*flags, "--report_only"]) / "table.md").read_text()
+    assert "Not finished" not in text
+    written = (docs / "schemes.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) >= 4
+    assert [row for row in rows if row not in written] == []
+    assert f"python benchmarks/compare_schemes.py {command}" in written
 
 
 ERRORS = [

@@ -170,9 +170,8 @@ class Trainer:
     def adversarial_micro_batches(self, scheme: Scheme, batch: Batch) -> MicroBatches:
         """The scheme's adversarial examples, in micro-batches; the model in eval mode, no parameter gradients. Raises Interrupted."""
         rank, world_size = self.process.rank, self.process.world_size
-        if (
-            self.config.eps_warmup
-        ):  # in place: a CUDA graph reads it where it is; at the end of a step, so that no radius is 0
+        if self.config.eps_warmup:
+            # In place: a CUDA graph reads it where it is. At the end of a step, so that no radius is 0.
             self.radius_scale.fill_(min(self.progress(batch.index + 1) / self.config.eps_warmup, 1.0))
         epoch_steps = self.phases_per_epoch * self.batches_per_pass
         draws = generator(self.config.seed, self.epoch, self.step)
