@@ -140,6 +140,7 @@ class TrainConfig(Config):
 
     epochs: int | None = _opt(None, "passes over the training set (80; fine-tuning: 3, imagenet: 1)", _epochs)
     head_lr: float | None = _opt(None, "learning rate of a new last layer, in multiples of the others' (1)", inside(0.0, 1e6))
+    layer_decay: float | None = _opt(None, "fine-tuning networks of timm: each layer's learning rate is this fraction of the next one's, such as 0.75 (1)", fraction)
     freeze_epochs: int = _opt(0, "train a new last layer alone in the first N of the --epochs (=)", _often)
     optimizer: str = _opt("sgd", "sgd or adamw (=)", choices=OPTIMIZERS)
     momentum: float | None = _opt(None, "of SGD (0.9)", between(0.0, 1.0))
@@ -229,6 +230,7 @@ TRAIN_RULES: Rules = (  # flag, when it is wrong, what to do
     ("width", lambda c: c.finetune_model and c.width, "a network to fine-tune has its own width, leave this flag out"),
     ("head", lambda c: not c.finetune_model and c.head, "from scratch every layer is new, leave this flag out"),
     ("head_lr", lambda c: not c.finetune_model and c.head_lr, "from scratch every layer is new, leave this flag out"),
+    ("layer_decay", lambda c: not c.finetune_model and c.layer_decay, "from scratch every layer is new, leave this flag out"),
     ("freeze_epochs", lambda c: not c.finetune_model and c.freeze_epochs, "from scratch every layer is new, leave this flag out"),
     ("freeze_epochs", lambda c: c.freeze_epochs and c.gradient_projection, "it does not go with --gradient_projection, leave one of them out"),
     ("lr_no_decay", lambda c: c.finetune_model and c.lr_no_decay, "fine-tuning decays all parameters alike, leave this flag out"),

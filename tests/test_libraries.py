@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from models import build_model, new_spec
 from models.from_file import NetworkFlags
 from models.libraries import LIBRARIES
 from models.pretrained import load_model
+from training.optim import layer_rates
 from utils.checkpoint import load_tensors
 
 with warnings.catch_warnings():
@@ -167,6 +170,44 @@ def test_fine_tuned_on_other_classes(published: list[str], capsys: pytest.Captur
     loaded = load_model(str(folder / "ep_1.pth"), "", "colours").model
     assert loaded(X).shape == (2, 3)
     assert folder.name.startswith("colours_from-timm-resnet18_apgd")
+
+
+def test_each_layer_of_a_transformer_has_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = train.optimizer_step
+
+    def spy(optimizer: torch.optim.Optimizer, *more: Any) -> None:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        step(optimizer, *more)
+
+    monkeypatch.setattr(train, "optimizer_step", spy)
+    saved(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3))
+    flags = [*FLAGS, "--finetune_model", "--model_name=timm:vit_tiny_patch16_224@weights.safetensors", "--epochs=2"]
+    flags += ["--optimizer=adamw", "--layer_decay=0.5", "--lr-schedule=piecewise-1", "--lr-max=0.25", "--head=auto"]
+    folder = train.main([*flags, "--head_lr=10", "--freeze_epochs=1"])
+    assert seen[0] == [0] * 13 + [2.5]  # the backbone is frozen; its last layer was the head
+    assert seen[-1] == [0.25 * 0.5**n for n in range(13, 0, -1)] + [2.5]
+    assert [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0.25, 0.25]
+
+
+def test_layers_are_those_of_the_blocks() -> None:
+    model = build_model("timm:vit_tiny_patch16_224", num_classes=3, image_size=32)
+    rates = layer_rates(model, 0.5)
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    for name, rate in found.items():
+        block = re.match(r"model\.blocks\.(\d+)\.", name)
+        behind = 12 - int(block[1]) if block else {"head": 0, "norm": 1}.get(name.split(".")[1], 13)
+        assert rate == 0.5**behind, name
+
+
+def test_layers_that_nobody_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    saved(torchvision.models.resnet18(num_classes=3))
+    with pytest.raises(SystemExit):
+        train.main(
+            [*FLAGS, "--finetune_model", "--model_name=torchvision:resnet18@weights.safetensors", "--layer_decay=0.5"]
+        )
+    assert "argument --layer_decay: it is for networks of timm" in capsys.readouterr().err
+    assert not list(Path().glob("runs/*"))
 
 
 @pytest.mark.parametrize("arch", ["timm:resnet18", "torchvision:resnet18"])

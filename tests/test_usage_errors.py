@@ -49,6 +49,8 @@ TRAIN_ERRORS = [
     ([*DIGITS, "--lr-max=0"], "--lr-max", "above 0"),
     ([*DIGITS, "--epochs=0"], "--epochs", "at least 1"),
     ([*DIGITS, "--weight_decay=-1"], "--weight_decay", "at least 0"),
+    ([*DIGITS, "--layer_decay=0.75"], "--layer_decay", "from scratch"),
+    ([*TUNE, "--model_name=x", "--layer_decay=1"], "--layer_decay", "below 1"),
     ([*DIGITS, "--act=tanhh"], "--act", "softplus1"),
     ([*DIGITS, "--arch=resnet50"], "--arch", "wide-resnet-DEPTH-WIDTH"),
     ([*DIGITS, "--arch=robustbench"], "--arch", "preact-resnet18"),

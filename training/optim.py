@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -68,14 +69,32 @@ class EMA:
         self.updates = state_dict["updates"]
 
 
-def head_groups(model: nn.Module, head: str, weight_decay: float, lr_factor: float) -> list[dict[str, object]]:
-    """Groups of a network with a new last layer, `head`: all others, then its own with lr_factor times their learning rate."""
-    own = list(model.get_submodule(head).parameters())
-    others = [p for p in model.parameters() if all(p is not each for each in own)]
+def fine_tuning_groups(model: nn.Module, config: TrainConfig, head: str | None = None) -> list[dict[str, object]]:
+    """Groups of one learning rate each, all with weight decay; those of a new last layer, `head`, come last. Raises ValueError."""
+    own = {id(p) for p in model.get_submodule(head).parameters()} if head else set()
+    rates = layer_rates(model, config.layer_decay) if config.layer_decay else {}
+    decay, groups = config.weight_decay or 0.0, defaultdict[tuple[bool, float], list[nn.Parameter]](list)
+    for parameter in model.parameters():
+        new = id(parameter) in own
+        groups[new, rates.get(id(parameter), 1.0) * (config.head_lr or 1.0 if new else 1.0)].append(parameter)
     return [
-        {"params": others, "weight_decay": weight_decay, "backbone": True},
-        {"params": own, "weight_decay": weight_decay, "lr_factor": lr_factor},
+        {"params": groups[new, factor], "weight_decay": decay, "backbone": bool(head) and not new, "lr_factor": factor}
+        for new, factor in sorted(groups)
     ]
+
+
+def layer_rates(model: nn.Module, layer_decay: float) -> dict[int, float]:
+    """By parameter's id, layer_decay to the power of how many layers are behind its own, as timm counts layers.
+
+    Raises ValueError if no network of timm, which knows its layers, is in the model.
+    """
+    from timm.optim.optim_factory import param_groups_layer_decay  # here, since importing timm takes seconds
+
+    network = next((module for module in model.modules() if hasattr(module, "group_matcher")), None)
+    if network is None:
+        raise ValueError("it is for networks of timm, which know their layers: --model_name=timm:NAME")
+    groups = param_groups_layer_decay(network, layer_decay=layer_decay)
+    return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float, frozen: bool = False) -> None:
@@ -95,13 +114,11 @@ def forget_backbone(optimizer: optim.Optimizer) -> None:
 
 def make_optimizer(config: TrainConfig, model: nn.Module, head: str | None = None) -> optim.Optimizer:
     """That of --optimizer, with the parameter groups of training from scratch or of fine-tuning; head: the name of a new last layer."""
-    lr, decay = config.lr_max or 0.0, config.weight_decay or 0.0
-    if head:
-        groups = head_groups(model, head, decay, config.head_lr or 1.0)
-    elif config.finetune_model:
-        groups = [{"params": list(model.parameters()), "weight_decay": decay}]
+    lr = config.lr_max or 0.0
+    if config.finetune_model:
+        groups = fine_tuning_groups(model, config, head)
     else:
-        groups = parameter_groups(model, lr, decay, config.lr_no_decay)
+        groups = parameter_groups(model, lr, config.weight_decay or 0.0, config.lr_no_decay)
     spec = OPTIMIZERS[config.optimizer]
     own = {name: getattr(config, name) for name in spec.flags}
     return spec.build(groups, lr=lr, fused=next(model.parameters()).device.type == "cuda", **own)

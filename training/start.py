@@ -20,6 +20,7 @@ from models.heads import AUTO, outputs, with_new_head
 from models.libraries import library_spec, split_library
 from models.pretrained import check_fits, check_trains, load_model
 from models.robustbench_zoo import published_preparation
+from training.optim import layer_rates
 from utils.cli import blame
 from utils.distributed import Process, print_on_rank0
 from utils.modules import eval_mode
@@ -146,7 +147,7 @@ def check_images(dataset: Dataset, process: Process) -> None:
 
 
 def check_model(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None:
-    """Raises UsageError unless the network takes the images and, if a mini-batch may have one example, trains on one."""
+    """Raises UsageError unless the network takes the images, trains on its smallest mini-batch, and has layers for --layer_decay."""
     with blame("--model_name" if config.finetune_model else "--arch"), eval_mode(model):
         check_fits(model, dataset.shape, dataset.num_classes)
     alone = 1 in (config.batch_size, config.n_ex_train)
@@ -154,3 +155,6 @@ def check_model(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None
         where = "--batch_size" if config.batch_size == 1 else "--n_ex_train"
     with blame(where if alone else "--model_name" if config.finetune_model else "--arch"):
         check_trains(model, dataset.shape, dataset.num_classes, 1 if alone else 2)
+    if config.layer_decay:
+        with blame("--layer_decay"):
+            layer_rates(model, config.layer_decay)

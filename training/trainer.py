@@ -227,8 +227,10 @@ class Trainer:
     def epoch_record(self) -> dict[str, Any]:
         """The epoch's record for metrics.jsonl, as EpochMetrics.record gives it. Raises NonFiniteError."""
         self._collect()
-        rates = [group["lr"] for group in self.optimizer.param_groups if not group.get("constant_lr")]
-        lr = rates[-1] / (self.config.head_lr or 1.0) if self.head else rates[0]  # a frozen backbone has 0
+        *_, group = [
+            each for each in self.optimizer.param_groups if not each.get("constant_lr")
+        ]  # the first may be frozen
+        lr = group["lr"] / group.get("lr_factor", 1.0)
         return self.metrics.record(self.epoch + 1, lr, self.scheme.errors.rates())
 
     def next_epoch(self) -> None:
