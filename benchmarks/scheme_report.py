@@ -57,11 +57,11 @@ def table(title: str, rows: Sequence[Row], baseline: str, missing: Sequence[str]
     for row in rows:
         ways = [np.mean([line["passes"][way] for line in row.lines]) for way in ("forward", "backward")]
         costs = ["{:.1f} + {:.1f}".format(*ways), f"{row.lines[0]['epochs']}", f"{row.cost:.2f}", str(len(row.lines))]
-        results.append([row.label, *(cell(row.accuracy(name)) for name in names), *costs])
+        results.append([row.label, *(cell(row.estimate(name)) for name in names), *costs])
     text = [
         f"# {title}",
-        f"{said['setting']}. Accuracy in % of the first {said['points']} test images, mean ± standard deviation over the seeds "
-        "(of one seed: standard error over the images).\n",
+        f"{said['setting']}. Accuracy in % of the first {said['points']} test images, mean ± standard error over seeds and "
+        "images; differences between schemes, which have the same images, are more precise.\n",
         *markdown(heads, results),
         "\nPasses of the network per training image, forward + backward, of attack and weight update together. "
         f"On {said['device']}. Commit {commits}; {', '.join(sorted({line['date'][:10] for line in lines}))}.",
@@ -87,8 +87,8 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Union accuracy against what training cost, and against clean accuracy."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    unions = [row.accuracy("union") for row in rows]
-    places = {left: [(row.cost, 0.0) for row in rows], right: [row.accuracy("clean") for row in rows]}
+    unions = [row.estimate("union") for row in rows]
+    places = {left: [(row.cost, 0.0) for row in rows], right: [row.estimate("clean") for row in rows]}
     shades = [COLOURS[number % len(COLOURS)] for number in range(len(rows))]  # names tell those of one colour apart
     for axes, across in places.items():
         for (x, aside), (y, up), shade in zip(across, unions, shades, strict=True):
@@ -96,7 +96,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     left.set(xlabel="passes in training (1000 batches)", ylabel="accuracy on the union (%)", xlim=(0, None))
     right.set(xlabel="clean accuracy (%)")
     settings = "; ".join(dict.fromkeys(line["setting"] for row in rows for line in row.lines))
-    figure.suptitle(f"{settings}; mean and standard deviation over seeds (of one: standard error)", fontsize=9)
+    figure.suptitle(f"{settings}; mean and standard error over seeds and images", fontsize=9)
     figure.draw_without_rendering()  # from here on places in pixels are known
     for axes, across in places.items():
         spots = [(x, y) for (x, _), (y, _) in zip(across, unions, strict=True)]

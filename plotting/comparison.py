@@ -38,6 +38,16 @@ class Group:
         [result] = self.results.values()
         return values[0], 100 * math.sqrt(values[0] / 100 * (1 - values[0] / 100) / result.points)
 
+    def estimate(self, name: str) -> tuple[float, float]:
+        """Mean and `standard_error`; where outcomes are not known, images count as if all seeds broke the same ones, which is the most."""
+        results = self.results.values()
+        values = [result.accuracy[name] for result in results]
+        mean = float(np.mean(values))
+        images = [
+            100.0 * each.outcomes.get(name, np.arange(each.points) < mean / 100 * each.points) for each in results
+        ]
+        return mean, standard_error(values, images)
+
     @property
     def unknown(self) -> bool:
         """Is it a single network whose seed is not known?"""
@@ -63,7 +73,7 @@ class Group:
 
 
 def standard_error(seeds: Sequence[float], images: Sequence[Any]) -> float:
-    """Of a mean difference, by its values over the seeds (S,), if there are several, and for each seed over its images (N,), if known.
+    """Of a mean, by its values over the seeds (S,), if there are several, and for each seed over its images (N,), if known.
 
     The two variances are added: other seeds and other images would both have changed it.
     """

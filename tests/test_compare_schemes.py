@@ -76,21 +76,23 @@ def cells(folder: Path, start: str) -> list[list[str]]:
     return [line for line in lines if line[0] == start]
 
 
-def test_the_table_has_means_deviations_costs_and_paired_differences(calls: list[str]) -> None:
+def test_the_table_has_means_errors_costs_and_paired_differences(calls: list[str]) -> None:
     folder = compare_schemes.main(OWN)
-    deviation = 25 / 2**0.5  # of 75 and 100
+    seeds, images = np.var([75, 100], ddof=1) / 2, np.var([100, 100, 100, 50], ddof=1) / 4
+    error = math.sqrt(seeds + images)
+    same = math.sqrt(np.var([100, 50, 50, 0], ddof=1) / 4)  # of eat: both seeds have 50 %
     assert cells(folder, "eat")[0] == [
         "eat",
         "100.0 ± 0.0",
-        "50.0 ± 0.0",
-        "50.0 ± 0.0",
+        f"50.0 ± {same:.1f}",
+        f"50.0 ± {same:.1f}",
         "12.0 + 11.0",
         "4",
         "0.28",
         "2",
     ]
     of_mine, difference = cells(folder, "mine")
-    assert of_mine[1:5] == ["100.0 ± 0.0", f"87.5 ± {deviation:.1f}", f"87.5 ± {deviation:.1f}", "22.0 + 21.0"]
+    assert of_mine[1:5] == ["100.0 ± 0.0", f"87.5 ± {error:.1f}", f"87.5 ± {error:.1f}", "22.0 + 21.0"]
     per_image = np.array([[0, 1, 0, 0], [0, 0, 1, 1]]).mean(0) * 100  # mine minus eat, over the seeds
     error = math.sqrt(np.var([25, 50], ddof=1) / 2 + np.var(per_image, ddof=1) / 4)
     assert difference[1:] == ["+0.0 ± 0.0", *[f"+37.5 ± {error:.1f}"] * 2]
@@ -177,7 +179,7 @@ def test_the_standard_error_adds_what_seeds_and_images_tell() -> None:
     assert math.isnan(standard_error([1.0], []))
 
 
-def test_the_picture_shows_means_deviations_and_names() -> None:
+def test_the_picture_shows_means_errors_and_names() -> None:
     def line(scheme: str, seed: int, clean: float, union: float) -> dict[str, Any]:
         costs = {"passes": {"forward": 12, "backward": 11}, "points": 100, "updates": 1000, "setting": "digits"}
         return {"scheme": scheme, "seed": seed, "accuracy": {"clean": clean, "union": union}, **costs}
@@ -186,9 +188,11 @@ def test_the_picture_shows_means_deviations_and_names() -> None:
     left, right = scheme_report.draw(rows).axes
     assert [line.get_xydata().tolist() for line in right.lines] == [[[92, 42]], [[80, 30]]]
     bar = right.containers[0][2][1].get_segments()[0]
-    assert bar[:, 1].tolist() == pytest.approx([42 - 8**0.5, 42 + 8**0.5])
+    error = math.sqrt(8 / 2 + 42 * 58 / 99)  # of 40 and 44, and of 100 images
+    assert bar[:, 1].tolist() == pytest.approx([42 - error, 42 + error])
     (one,) = right.containers[1][2][0].get_segments()  # of one seed: 80 % of 100 images
-    assert one[:, 0].tolist() == pytest.approx([80 - 4, 80 + 4])
+    error = math.sqrt(80 * 20 / 99)
+    assert one[:, 0].tolist() == pytest.approx([80 - error, 80 + error])
     assert left.lines[0].get_xydata().tolist() == [[23, 42]]
     assert [[text.get_text() for text in axes.texts] for axes in (left, right)] == [["eat", "one"]] * 2
 
