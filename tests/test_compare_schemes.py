@@ -217,6 +217,7 @@ def test_the_scripts_as_they_are() -> None:
 
 
 COMMITTED = {  # flags of docs/schemes.md's commands, and the lines that their tables are made of
+    "cifar10-narrow": "cifar10-narrow",
     "digits": "digits",
     "digits-equal-cost": "digits",
     "digits-optimization": "digits",
@@ -230,7 +231,7 @@ def test_committed_results_regenerate_the_tables(command: str) -> None:
     Path(f"results/{flags[0]}").mkdir(parents=True)
     shutil.copy(docs / f"schemes/{COMMITTED[command]}.jsonl", f"results/{flags[0]}/results.jsonl")
     text = (compare_schemes.main([*flags, "--report_only"]) / "table.md").read_text()
-    assert "Not finished" not in text
+    assert ("Not finished" in text) == (command == "cifar10-narrow")  # docs/schemes.md says what is missing there
     written = (docs / "schemes.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) >= 4
