@@ -96,8 +96,8 @@ EPOCHS = {"eat": 30, "avg": 10, "max": 11, "msd": 13, "ramp": 15}  # of about as
 EQUAL_COST = {name: f"--multinorm={name}" + f" --epochs={n}" * (n != 30) for name, n in EPOCHS.items()}
 STUDIES = {
     "digits": DIGITS,
-    "digits-equal-cost": replace(DIGITS, schemes=EQUAL_COST, seeds=(0, 1, 2)),
-    "digits-optimization": replace(DIGITS, schemes=OPTIMIZATION, seeds=(0, 1, 2)),
+    "digits-equal-cost": replace(DIGITS, schemes=EQUAL_COST, seeds=(0, 1, 2)),  # 1 hour
+    "digits-optimization": replace(DIGITS, schemes=OPTIMIZATION, seeds=(0, 1, 2)),  # 1 hour
     "cifar10-narrow": Study(  # 1 hour for the start; 2 for each seed
         start="--dataset=cifar10 --width=16 --attack=apgd --l_norms=Linf --at_iter=5 --epochs=10 "
         "--lr-schedule=superconverge --lr-max=0.1 --amp=bf16",

@@ -31,15 +31,12 @@ class Group:
         self.label, self.results = label, results
 
     def accuracy(self, name: str) -> tuple[float, float]:
-        """Mean and standard deviation over the seeds; of one seed the standard error that so few test images have."""
+        """Mean and standard deviation over the seeds, of which there are several."""
         values = [result.accuracy[name] for result in self.results.values()]
-        if len(values) > 1:
-            return float(np.mean(values)), float(np.std(values, ddof=1))
-        [result] = self.results.values()
-        return values[0], 100 * math.sqrt(values[0] / 100 * (1 - values[0] / 100) / result.points)
+        return float(np.mean(values)), float(np.std(values, ddof=1))
 
     def estimate(self, name: str) -> tuple[float, float]:
-        """Mean and `standard_error`; where outcomes are not known, images count as if all seeds broke the same ones, which is the most."""
+        """Mean and `standard_error`. Where outcomes are not known, the error over images is an upper bound: that of one seed alone."""
         results = self.results.values()
         values = [result.accuracy[name] for result in results]
         mean = float(np.mean(values))

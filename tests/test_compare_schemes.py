@@ -239,6 +239,13 @@ def test_committed_results_regenerate_the_tables(command: str) -> None:
     assert f"python benchmarks/compare_schemes.py {command}" in written
 
 
+def test_docs_have_the_flags_of_each_scheme() -> None:
+    written = (Path(__file__).parents[1] / "docs/schemes.md").read_text()
+    assert [
+        n for n, flags in compare_schemes.SCHEMES.items() if f"`{n}`" not in written or f"`{flags}`" not in written
+    ] == []
+
+
 ERRORS = [
     (["digit-epochs", "max"], "STUDY", "digits"),
     (["own", "--train=--dataset=digits"], "STUDY", "schemes"),

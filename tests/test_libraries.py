@@ -22,7 +22,7 @@ from models import build_model, new_spec
 from models.from_file import NetworkFlags
 from models.libraries import LIBRARIES
 from models.pretrained import load_model
-from training.optim import layer_rates
+from training.optim import layer_factors
 from utils.checkpoint import load_tensors
 
 with warnings.catch_warnings():
@@ -192,7 +192,7 @@ def test_each_layer_of_a_transformer_has_its_own_rate(monkeypatch: pytest.Monkey
 
 def test_layers_are_those_of_the_blocks() -> None:
     model = build_model("timm:vit_tiny_patch16_224", num_classes=3, image_size=32)
-    rates = layer_rates(model, 0.5)
+    rates = layer_factors(model, 0.5)
     found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     for name, rate in found.items():
         block = re.match(r"model\.blocks\.(\d+)\.", name)

@@ -72,19 +72,19 @@ class EMA:
 def fine_tuning_groups(model: nn.Module, config: TrainConfig, head: str | None = None) -> list[dict[str, object]]:
     """Groups of one learning rate each, all with weight decay; those of a new last layer, `head`, come last. Raises ValueError."""
     own = {id(p) for p in model.get_submodule(head).parameters()} if head else set()
-    rates = layer_rates(model, config.layer_decay) if config.layer_decay else {}
+    factors = layer_factors(model, config.layer_decay) if config.layer_decay else {}
     decay, groups = config.weight_decay or 0.0, defaultdict[tuple[bool, float], list[nn.Parameter]](list)
     for parameter in model.parameters():
         new = id(parameter) in own
-        groups[new, rates.get(id(parameter), 1.0) * (config.head_lr or 1.0 if new else 1.0)].append(parameter)
+        groups[new, factors.get(id(parameter), 1.0) * (config.head_lr or 1.0 if new else 1.0)].append(parameter)
     return [
         {"params": groups[new, factor], "weight_decay": decay, "backbone": bool(head) and not new, "lr_factor": factor}
         for new, factor in sorted(groups)
     ]
 
 
-def layer_rates(model: nn.Module, layer_decay: float) -> dict[int, float]:
-    """By parameter's id, layer_decay to the power of how many layers are behind its own, as timm counts layers.
+def layer_factors(model: nn.Module, layer_decay: float) -> dict[int, float]:
+    """What multiplies the learning rate of each parameter, by its id: layer_decay ** (number of later layers), as timm counts layers.
 
     Raises ValueError if no network of timm, which knows its layers, is in the model.
     """

@@ -20,7 +20,7 @@ from models.heads import AUTO, outputs, with_new_head
 from models.libraries import library_spec, split_library
 from models.pretrained import check_fits, check_trains, load_model
 from models.robustbench_zoo import published_preparation
-from training.optim import layer_rates
+from training.optim import layer_factors
 from utils.cli import blame
 from utils.distributed import Process, print_on_rank0
 from utils.modules import eval_mode
@@ -157,4 +157,4 @@ def check_model(config: TrainConfig, model: nn.Module, dataset: Dataset) -> None
         check_trains(model, dataset.shape, dataset.num_classes, 1 if alone else 2)
     if config.layer_decay:
         with blame("--layer_decay"):
-            layer_rates(model, config.layer_decay)
+            layer_factors(model, config.layer_decay)
